@@ -1,0 +1,142 @@
+"""Compile the kernel ahead of time for any architecture, and read what the compiler made of it. Needs no GPU.
+
+python -m entropy_attn.kernels.aot --architecture sm_80 --dtype float16 --head-dim 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from . import tiles
+from .attention import attention_forward
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+# Bytes of shared memory one program may have (CUDA C Programming Guide, table of technical specifications; RDNA3 and
+# CDNA3 ISA documents).
+SHARED_MEMORY = {
+    "sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
+    "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10,
+}  # fmt: skip
+_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """Per thread: registers and bytes of stack that registers spill to. Per program: bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_kernel(
+    architecture: str,
+    dtype: str,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    entropy: bool = True,
+    lse: bool = False,
+    is_causal: bool = False,
+    mask: str = "none",
+    mask_rows: bool = False,
+    tensor_scale: bool = False,
+    tf32: bool = False,
+    stride_unit: int = 8,
+    wide: bool = False,
+    tile: tiles.Tile | None = None,
+) -> CompiledKernel:
+    """The binary that a launch with such arguments would run, for aligned tensors."""
+    value_dim = value_dim or head_dim
+    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim))
+    constants = tiles.constexprs(
+        architecture, head_dim, value_dim, tile,
+        is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, wide=wide,
+    )  # fmt: skip
+    element = _TYPES[dtype]
+    pointers = {
+        "Q": element,
+        "K": element,
+        "V": element,
+        "Out": element,
+        "Mask": {"none": None, "bool": "u8", "bias": element}[mask],
+        "Scale": "fp32" if tensor_scale else None,
+        "Lse": "fp32" if lse else None,
+        "Entropy": "fp32" if entropy else None,
+    }
+    constants |= {name: None for name, pointee in pointers.items() if pointee is None}
+    signature, attributes = {}, {}
+    for index, name in enumerate(attention_forward.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(attention_forward, signature, constants, attributes)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=_target(architecture), options=options)
+
+
+def resources(kernel: CompiledKernel) -> Resources:
+    """Registers, spills and shared memory of a binary."""
+    if "cubin" in kernel.asm:
+        registers, spills = _cubin_usage(kernel.asm["cubin"])
+    else:
+        text = kernel.asm["amdgcn"]
+        registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        spills = max(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text))
+    return Resources(registers, spills, kernel.metadata.shared)
+
+
+def _target(architecture: str) -> GPUTarget:
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", text))
+    return int(usage["REG"]), int(usage["STACK"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", choices=ARCHITECTURES, nargs="+", default=["sm_80"])
+    parser.add_argument("--dtype", choices=_TYPES, nargs="+", default=["float16"])
+    parser.add_argument("--head-dim", type=int, choices=tiles.HEAD_DIMS, nargs="+", default=[64], metavar="D")
+    arguments = parser.parse_args()
+    for architecture in arguments.architecture:
+        for dtype in arguments.dtype:
+            for head_dim in arguments.head_dim:
+                tile = tiles.find_tile(architecture, dtype, head_dim)
+                for entropy in (False, True):
+                    kernel = compile_kernel(architecture, dtype, head_dim, entropy=entropy, tile=tile)
+                    row: dict[str, Any] = {
+                        "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entropy": entropy,
+                        "tile": dataclasses.astuple(tile)[:4], "spills_allowed": tile.spills,
+                        **dataclasses.asdict(resources(kernel)), "shared_limit": SHARED_MEMORY[architecture],
+                    }  # fmt: skip
+                    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The forward kernel: exact attention with a run-time scale, and the entropy of every row in the same pass.
+
+Notation in shape comments: M queries and N keys of one tile, D the query/key head dim, E the value head dim.
+A head dim that is no power of two is held in two pieces (D1 + D2, E1 + E2), see `tiles.split_head_dim`.
+
+Online softmax in base 2, u = scale * log2(e) * (q.k), with the entropy sum *centred* at the running maximum m:
+
+    m' = max(m, max u)    x = u - m'    p = 2^x    a = 2^(m - m')
+    t <- a * (t + (m - m') * l) + sum p * x
+    l <- a * l + sum p
+    o <- a * o + p @ v
+    entropy = ln 2 * (log2 l - t / l)        lse = ln 2 * (m + log2 l)        out = o / l
+
+The uncentred form, lse - E[score], loses three digits once the logits carry an offset.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The first pivot. Every finite score reaches it, so it is never taken for a maximum that is not there,
+# and being finite it keeps inf - inf out of rows that have seen no key yet.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Stands in for a scale of 0: too small to tell any two scores apart, but TINY * -inf is still -inf.
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def load_tile(pointers, row_valid, col_valid, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
+    """Load a tile; rows or columns that are not valid read as 0 and are not touched in memory."""
+    if CHECK_ROWS and CHECK_COLS:
+        return tl.load(pointers, mask=row_valid & col_valid, other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(pointers, mask=row_valid, other=0.0)
+    elif CHECK_COLS:
+        return tl.load(pointers, mask=col_valid, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def partial_sums(x, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
+    """[M, N] -> [M, PARTIALS]. PARTIALS columns of the matrix-unit layout lie side by side in the threads of a row:
+    each thread adds only what it holds, and the loop needs no shuffles."""
+    return tl.sum(tl.reshape(x, (M, N // PARTIALS, PARTIALS)), 1)
+
+
+@triton.jit
+def load_mask(pointers, key_valid, EDGE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr):
+    """One tile of the mask, [M, N] or for a mask shared by all queries [1, N]; past the last key it hides."""
+    if BIAS:
+        if EDGE:
+            return tl.load(pointers, mask=key_valid[None, :], other=float("-inf")).to(tl.float32)
+        else:
+            return tl.load(pointers).to(tl.float32)
+    else:
+        if EDGE:
+            return tl.load(pointers, mask=key_valid[None, :], other=0) != 0
+        else:
+            return tl.load(pointers) != 0
+
+
+@triton.jit
+def attend(
+    q1, q2, k1_pointers, k2_pointers, v1_pointers, v2_pointers, mask_pointers,
+    start, end, query_index, stride_kn, stride_vn, stride_mn, scale,
+    m, l, t, acc1, acc2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys start .. start + BLOCK_N, those before end, into the running softmax of one tile of queries."""
+    key_index = start + tl.arange(0, BLOCK_N)
+    offset = tl.cast(start, tl.int64)
+    key_valid = key_index < end  # [N]: which rows of K and V may be read
+    visible = key_valid[None, :]  # [1, N] or [M, N]: which scores count
+    HIDES: tl.constexpr = EDGE or MASK != "none"
+    if CAUSAL and EDGE:  # never together with a mask
+        visible = visible & (key_index[None, :] <= query_index[:, None])
+    if MASK != "none":
+        mask = load_mask(mask_pointers + offset * stride_mn, key_valid, EDGE, MASK == "bias", MASK_ROWS)
+        shown = (mask != float("-inf")) if MASK == "bias" else mask  # [1, N] or [M, N]
+        visible = shown
+        # A key hidden from the whole tile is not read at all: what its rows hold, NaN even, cannot reach the output.
+        key_valid = tl.max(shown.to(tl.int32), 0) != 0
+
+    c1 = tl.arange(0, D1)
+    k1 = load_tile(k1_pointers + offset * stride_kn, key_valid[None, :], c1[:, None] < D, HIDES, D1 > D)  # [D1, N]
+    s = tl.dot(q1, k1, input_precision=PRECISION)  # [M, N]
+    if D2:
+        c2 = D1 + tl.arange(0, D2)
+        k2 = load_tile(k2_pointers + offset * stride_kn, key_valid[None, :], c2[:, None] < D, HIDES, D1 + D2 > D)
+        s = tl.dot(q2, k2, s, input_precision=PRECISION)
+
+    if MASK == "bias":
+        # A finite bias stays finite in base 2, as it is in base e.
+        s = tl.where(visible, s * scale + tl.maximum(mask * LOG2E, LOWEST), float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        x = s - m_new[:, None]
+    else:
+        if HIDES:
+            s = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        # One instruction a score, and its product is not rounded: an offset of all logits costs no digits.
+        x = tl.fma(s, scale, -m_new[:, None])
+    p = tl.math.exp2(x)
+    d = m - m_new
+    a = tl.math.exp2(d)
+    if ENTROPY:
+        px = p * x
+        if HIDES:
+            px = tl.where(x == float("-inf"), 0.0, px)  # 0 * -inf
+        t = (t + l * d[:, None]) * a[:, None] + partial_sums(px, BLOCK_M, BLOCK_N, PARTIALS)
+    l = l * a[:, None] + partial_sums(p, BLOCK_M, BLOCK_N, PARTIALS)
+
+    e1 = tl.arange(0, E1)
+    v1 = load_tile(v1_pointers + offset * stride_vn, key_valid[:, None], e1[None, :] < E, HIDES, E1 > E)  # [N, E1]
+    p = p.to(v1.dtype)
+    acc1 = tl.dot(p, v1, acc1 * a[:, None], input_precision=PRECISION)  # [M, E1]
+    if E2:
+        e2 = E1 + tl.arange(0, E2)
+        v2 = load_tile(v2_pointers + offset * stride_vn, key_valid[:, None], e2[None, :] < E, HIDES, E1 + E2 > E)
+        acc2 = tl.dot(p, v2, acc2 * a[:, None], input_precision=PRECISION)  # [M, E2]
+    return m_new, l, t, acc1, acc2
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
+        "stride_vb", "stride_vh", "stride_vn", "stride_ob", "stride_oh", "stride_on",
+        "stride_sb", "stride_sh", "stride_mb", "stride_mh", "H", "Hkv", "Nq", "Nk",
+    ]
+)  # fmt: skip
+def attention_forward(
+    Q, K, V, Mask, Scale, Out, Lse, Entropy,
+    scale,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh,
+    H, Hkv, Nq, Nk,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head against all their keys.
+
+    Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, E), Out (B, H, Nq, E): any strides, the last one 1, given in
+    units of STRIDE_UNIT elements, which tells the compiler how far rows are aligned. Mask (B, H, Nq, Nk), uint8 for
+    MASK == "bool" and floating for "bias"; its strides may be 0, and without MASK_ROWS all queries share one row.
+    Scale (B, H) float32, or None: then the number `scale`. Lse and Entropy (B, H, Nq) float32 in nats, or None.
+    WIDE: an offset inside one tile can pass 2^31 elements. Offsets of tiles are 64-bit always.
+    """
+    tiles = tl.cdiv(Nq, BLOCK_M)
+    head = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest first
+    b = (head // H).to(tl.int64)
+    h = head % H
+    h_kv = (h // (H // Hkv)).to(tl.int64)
+    h = h.to(tl.int64)
+    first = tile.to(tl.int64) * BLOCK_M
+
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    row = tl.arange(0, BLOCK_M).to(INDEX)
+    key = tl.arange(0, BLOCK_N).to(INDEX)
+    query_index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_valid = query_index < Nq
+    stride_qn *= STRIDE_UNIT
+    stride_kn *= STRIDE_UNIT
+    stride_vn *= STRIDE_UNIT
+    stride_on *= STRIDE_UNIT
+    Q += (b * stride_qb + h * stride_qh) * STRIDE_UNIT + first * stride_qn
+    K += (b * stride_kb + h_kv * stride_kh) * STRIDE_UNIT
+    V += (b * stride_vb + h_kv * stride_vh) * STRIDE_UNIT
+    Out += (b * stride_ob + h * stride_oh) * STRIDE_UNIT + first * stride_on
+
+    if Scale is not None:
+        scale = tl.load(Scale + b * stride_sb + h * stride_sh)
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    scale = tl.where(scale == 0.0, TINY, tl.abs(scale)) * LOG2E  # positive: max and scale commute
+
+    c1 = tl.arange(0, D1)
+    e1 = tl.arange(0, E1)
+    q1 = load_tile(Q + row[:, None] * stride_qn + c1[None, :], row_valid[:, None], c1[None, :] < D, True, D1 > D)
+    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)  # [M, D1]
+    k1_pointers = K + key[None, :] * stride_kn + c1[:, None]  # [D1, N]
+    v1_pointers = V + key[:, None] * stride_vn + e1[None, :]  # [N, E1]
+    acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
+    q2 = q1
+    k2_pointers = k1_pointers
+    v2_pointers = v1_pointers
+    acc2 = acc1
+    if D2:
+        c2 = D1 + tl.arange(0, D2)
+        q2 = load_tile(Q + row[:, None] * stride_qn + c2[None, :], row_valid[:, None], c2[None, :] < D, True, True)
+        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)  # [M, D2]
+        k2_pointers = K + key[None, :] * stride_kn + c2[:, None]  # [D2, N]
+    if E2:
+        e2 = E1 + tl.arange(0, E2)
+        v2_pointers = V + key[:, None] * stride_vn + e2[None, :]  # [N, E2]
+        acc2 = tl.zeros([BLOCK_M, E2], tl.float32)
+    mask_pointers = Mask
+    if MASK != "none":
+        Mask += b * stride_mb + h * stride_mh
+        if MASK_ROWS:
+            # Rows past the end read the last one again; they are never stored.
+            mask_row = tl.minimum(row, Nq - 1 - first)
+            mask_pointers = Mask + first * stride_mm + mask_row[:, None] * stride_mm + key[None, :] * stride_mn
+        else:
+            mask_pointers = Mask + key[None, :] * stride_mn
+
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_M, PARTIALS], tl.float32)
+    t = tl.zeros([BLOCK_M, PARTIALS], tl.float32)
+    ENTROPY: tl.constexpr = Entropy is not None
+
+    # Keys before `full` come in whole blocks that every query of the tile sees; the last ones need checks.
+    full = Nk
+    end = Nk
+    if CAUSAL:
+        full = tl.minimum(Nk, tile * BLOCK_M + 1)
+        end = tl.minimum(Nk, tl.minimum(Nq, (tile + 1) * BLOCK_M))
+    full = full // BLOCK_N * BLOCK_N
+    for start in range(0, full, BLOCK_N):
+        m, l, t, acc1, acc2 = attend(
+            q1, q2, k1_pointers, k2_pointers, v1_pointers, v2_pointers, mask_pointers,
+            start, end, query_index, stride_kn, stride_vn, stride_mn, scale, m, l, t, acc1, acc2,
+            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL, MASK, MASK_ROWS, ENTROPY, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(full, end, BLOCK_N, num_stages=1):
+        m, l, t, acc1, acc2 = attend(
+            q1, q2, k1_pointers, k2_pointers, v1_pointers, v2_pointers, mask_pointers,
+            start, end, query_index, stride_kn, stride_vn, stride_mn, scale, m, l, t, acc1, acc2,
+            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, True, CAUSAL, MASK, MASK_ROWS, ENTROPY, PRECISION,
+        )  # fmt: skip
+
+    total = tl.sum(l, 1)  # [M]; 0 where no key was visible: out and entropy are 0 there, lse is -inf
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    out_pointers = Out + row[:, None] * stride_on
+    tl.store(
+        out_pointers + e1[None, :],
+        (acc1 * inverse[:, None]).to(Out.dtype.element_ty),
+        mask=row_valid[:, None] & (e1[None, :] < E),
+    )
+    if E2:
+        tl.store(
+            out_pointers + e2[None, :],
+            (acc2 * inverse[:, None]).to(Out.dtype.element_ty),
+            mask=row_valid[:, None] & (e2[None, :] < E),
+        )
+    rows = head.to(tl.int64) * Nq + first + row
+    if Lse is not None:
+        tl.store(Lse + rows, (m + tl.math.log2(total)) * LN2, mask=row_valid)
+    if ENTROPY:
+        entropy = (tl.math.log2(total) - tl.sum(t, 1) * inverse) * LN2
+        entropy = tl.where((total == 0.0) | (entropy < 0.0), 0.0, entropy)  # rounding may dip below 0
+        tl.store(Entropy + rows, entropy, mask=row_valid)

@@ -1,0 +1,187 @@
+"""Which tile the kernel runs with: a table over architecture, dtype and head dim.
+
+The rows were chosen from binaries compiled ahead of time (Triton 3.7.1), by what the compiler makes of them: that they
+fit, that the main loop does not spill, and for sm_80 in 16-bit types by a throughput model of the machine code. None
+has been timed on a device yet. `spills` is the stack a thread may use in bytes, as the compiler reported it.
+
+ENTROPY_ATTN_TILES names a JSON file whose entries go before the table: {"sm_80": {"float16": {"64": {"block_m": 128,
+"block_n": 64, "num_warps": 4, "num_stages": 2}}}}, with the largest head dim an entry serves as its key.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HEAD_DIMS = (*range(8, 257, 8), 512)
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program cuts its work: block_m queries at a time against block_n keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    spills: int = 0
+
+
+# architecture -> bits of the dtype -> largest head dim served -> tile
+TABLE: dict[str, dict[int, dict[int, Tile]]] = {
+    # No tensor cores here: Triton multiplies with FMA instructions.
+    "sm_75": {
+        16: {
+            96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1), 512: Tile(16, 16, 8, 1),
+        },
+        32: {
+            96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1), 512: Tile(16, 16, 4, 1),
+        },
+    },
+    # 16 bits up to 192: the throughput model's choice, ties to the tile that spills least.
+    "sm_80": {
+        16: {
+            16: Tile(128, 64, 4, 2), 32: Tile(128, 64, 4, 3), 80: Tile(128, 64, 4, 2), 96: Tile(128, 32, 4, 3),
+            192: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1), 512: Tile(64, 16, 8, 1),
+        },
+        32: {
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2), 160: Tile(64, 16, 8, 2),
+            192: Tile(32, 16, 8, 2), 256: Tile(16, 16, 4, 1), 512: Tile(32, 16, 8, 1),
+        },
+    },
+    "sm_86": {
+        16: {
+            64: Tile(128, 64, 4, 2), 80: Tile(128, 32, 4, 2), 96: Tile(128, 64, 8, 2), 192: Tile(128, 32, 8, 2),
+            256: Tile(64, 32, 8, 1), 512: Tile(64, 16, 8, 1),
+        },
+        32: {
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2), 192: Tile(32, 16, 8, 2),
+            256: Tile(16, 16, 4, 1), 512: Tile(16, 16, 8, 1),
+        },
+    },
+    "sm_90": {
+        16: {
+            64: Tile(128, 128, 8, 2), 96: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 3), 160: Tile(128, 64, 8, 2),
+            192: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2), 512: Tile(32, 16, 8, 1),
+        },
+        32: {
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2), 192: Tile(32, 16, 8, 2),
+            256: Tile(16, 16, 4, 1), 512: Tile(32, 16, 8, 1),
+        },
+    },
+    "sm_100": {
+        16: {
+            32: Tile(128, 128, 8, 2), 96: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 3), 192: Tile(128, 32, 8, 2),
+            256: Tile(64, 32, 8, 2), 512: Tile(32, 16, 8, 1),
+        },
+        32: {
+            80: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2), 192: Tile(32, 16, 8, 2),
+            256: Tile(16, 16, 4, 1), 512: Tile(32, 16, 8, 1),
+        },
+    },
+    "sm_120": {
+        16: {
+            32: Tile(128, 64, 4, 2), 80: Tile(128, 32, 4, 2), 96: Tile(128, 64, 8, 2), 192: Tile(128, 32, 8, 2),
+            256: Tile(64, 32, 8, 1), 512: Tile(32, 16, 8, 1),
+        },
+        32: {
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2), 192: Tile(32, 16, 8, 2),
+            256: Tile(16, 16, 4, 1), 512: Tile(16, 16, 8, 1),
+        },
+    },
+    "gfx942": {
+        16: {
+            64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 4, 1), 192: Tile(128, 32, 8, 1), 256: Tile(128, 16, 8, 1),
+            512: Tile(64, 16, 4, 1),
+        },
+        32: {128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
+    },
+    "gfx1100": {
+        16: {
+            64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1), 160: Tile(64, 16, 8, 1), 192: Tile(16, 16, 4, 1),
+            256: Tile(32, 16, 4, 1), 512: Tile(64, 16, 16, 1),
+        },
+        32: {32: Tile(64, 16, 8, 1), 256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 16, 1)},
+    },
+}  # fmt: skip
+
+
+def find_tile(architecture: str, dtype: str, head_dim: int) -> Tile:
+    """The tile for an architecture ("sm_80", "gfx942"), a dtype ("float16") and the larger of the two head dims."""
+    own = _overrides(os.environ.get("ENTROPY_ATTN_TILES", "")).get(architecture, {}).get(dtype, {})
+    table = TABLE[table_architecture(architecture)][32 if dtype == "float32" else 16]
+    rows = own if any(largest >= head_dim for largest in own) else table
+    return rows[min(largest for largest in rows if largest >= head_dim)]
+
+
+def table_architecture(architecture: str) -> str:
+    """The architecture of the table that stands for this one: the newest of its kind that is not newer."""
+    if architecture.startswith("gfx"):
+        return "gfx942" if architecture.startswith("gfx9") else "gfx1100"
+    known = [name for name in TABLE if name.startswith("sm_")]
+    older = [name for name in known if int(name[3:]) <= int(architecture[3:])]
+    return max(older or known[:1], key=lambda name: int(name[3:]))
+
+
+def constexprs(
+    architecture: str, head_dim: int, value_dim: int, tile: Tile, *,
+    is_causal: bool, mask: str, mask_rows: bool, tf32: bool, stride_unit: int, wide: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that is fixed when the kernel is compiled, by the names of its parameters.
+
+    `mask` is "none", "bool" or "bias"; `tf32` lets float32 products be rounded to TF32.
+    """
+    D1, D2 = split_head_dim(head_dim)
+    E1, E2 = split_head_dim(value_dim)
+    return {
+        "D": head_dim, "D1": D1, "D2": D2, "E": value_dim, "E1": E1, "E2": E2,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTIALS": _partial_sums(architecture),
+        "CAUSAL": is_causal, "MASK": mask, "MASK_ROWS": mask_rows,
+        "PRECISION": _float32_precision(architecture, max(head_dim, value_dim), tf32),
+        "STRIDE_UNIT": stride_unit, "WIDE": wide,
+    }  # fmt: skip
+
+
+def _float32_precision(architecture: str, head_dim: int, tf32: bool) -> str:
+    """How float32 products are made: to keep float32 accuracy, as three TF32 products where tensor cores do those."""
+    tensor_cores = architecture.startswith("sm_") and int(architecture[3:]) >= 80
+    if not tensor_cores or head_dim > 256:  # 512 columns of query do not fit the registers as TF32 operands
+        return "ieee"
+    return "tf32" if tf32 else "tf32x3"
+
+
+def _partial_sums(architecture: str) -> int:
+    """Columns of the matrix-unit layout that lie side by side in a row's threads."""
+    return 16 if table_architecture(architecture) == "gfx1100" else 8
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """The head dim as two powers of two, (first, second or 0), wasting as little of the matrix units as that allows.
+
+    40 -> (32, 16), 80 -> (64, 16), 96 -> (64, 32), 160 -> (128, 32); a matrix product needs at least 16.
+    """
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    first = whole // 2
+    rest = max(16, 1 << (head_dim - first - 1).bit_length()) if head_dim > first else 16
+    return (first, rest) if first >= 32 and rest < first else (whole, 0)
+
+
+@functools.cache
+def _overrides(path: str) -> dict[str, dict[str, dict[int, Tile]]]:
+    if not path:
+        return {}
+    try:
+        entries = json.loads(Path(path).read_text())
+        return {
+            architecture: {
+                dtype: {int(head_dim): Tile(**tile) for head_dim, tile in rows.items()} for dtype, rows in by.items()
+            }
+            for architecture, by in entries.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"ENTROPY_ATTN_TILES={path} cannot be read as a table of tiles: {error}") from error
