@@ -1,0 +1,95 @@
+"""The public function: check, normalise, call the operator, shape the answer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from entropy_attn import checks, op  # noqa: F401 (op registers the operator)
+
+
+class AttentionOutput(NamedTuple):
+    """What `attention` returns when asked for more than the output; what was not asked for is None."""
+
+    out: torch.Tensor
+    entropy: torch.Tensor | None
+    lse: torch.Tensor | None
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0,  # not 0.0: torch.compile(dynamic=True) takes float defaults for variables, and starts twice
+    is_causal: bool = False,
+    *,
+    scale: float | torch.Tensor | None = None,
+    enable_gqa: bool = False,
+    train_tokens: int | None = None,
+    train_entropy: float = 0,
+    num_tokens: int | None = None,
+    layout: str = "bhnd",
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | AttentionOutput:
+    """Exact attention, softmax(λ Q Kᵀ + mask) V, with λ from the number of tokens and the entropy of every row.
+
+    Without the keyword arguments below it is ``torch.nn.functional.scaled_dot_product_attention``, argument for
+    argument, for inference: there is no backward pass.
+
+    λ is one of: 1/sqrt(D) by default; `scale`; or with `train_tokens` the rule of Jin et al. (NeurIPS 2023, Eq. 7),
+    sqrt(log_T N / D), computed when the operator runs, so that one compiled graph serves every N.
+
+    Args:
+        query: (B, H, Nq, D), float16, bfloat16, float32, or float64 (CPU and reference only).
+        key: (B, Hkv, Nk, D), same dtype and device.
+        value: (B, Hkv, Nk, Dv), same dtype and device.
+        attn_mask: broadcastable to (B, H, Nq, Nk) and never expanded in memory. Boolean: True where a key takes
+            part. Floating (the dtype of query, or float32): added to λ q·k. (B, 1, 1, Nk) is a key-padding mask.
+        dropout_p: must be 0.
+        is_causal: query i sees the keys 0 … i. Not together with `attn_mask`.
+        scale: λ as a number, or as a float32 tensor of shape (), (B,) or (B, H) on the device of query. The tensor
+            is read on the device, without synchronising, so its elements are not checked: NaN gives NaN.
+        enable_gqa: allow H to be a multiple of Hkv. Keys and values are not repeated in memory.
+        train_tokens: T, the number of tokens the model was trained with. Not together with `scale`.
+        train_entropy: H_T in nats, the layer's mean entropy at T tokens; λ is then
+            sqrt((ln N - H_T) / (ln T - H_T) / D), see `entropy_scale`. Only with `train_tokens`.
+        num_tokens: N for the rule; Nk by default. Only with `train_tokens`.
+        layout: "bhnd", or "bnhd" for query, key, value and the output with the axes (B, N, H, D). Neither is copied;
+            only a tensor whose last axis is not contiguous is.
+        return_entropy: also return the entropy of the softmax rows that were applied, after λ, mask and causality.
+        return_lse: also return the log-sum-exp of the rows' scores.
+        backend: "auto" (the Triton kernel on a GPU, "cpu" on the CPU), "triton", "cpu", or "reference" (textbook in
+            float64, any device, O(Nq * Nk) memory). `explain` tells which one runs a call and why.
+
+    Returns:
+        The output, in the shape of query with Dv for D, the dtype of query, and query's memory order; or, with
+        `return_entropy` or `return_lse`, an `AttentionOutput` of out, entropy and lse. Entropy and lse are float32
+        tensors (B, H, Nq) in nats (natural logarithm) in either layout.
+
+        A row that sees no key has output 0, entropy 0 and lse -inf. A key hidden from every query cannot reach the
+        output, even if its rows hold NaN.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: shapes, dtypes, devices or values that do not fit, named in the message; an input that requires
+            grad while grad mode is on; N or T below 2 with `train_tokens`; a backend that cannot run the call.
+    """
+    query, key, value = checks.bhnd(query, key, value, layout)
+    checks.check(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        train_tokens, train_entropy, num_tokens, return_entropy, return_lse, backend,
+    )  # fmt: skip
+    scale_tensor, scale = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
+    out, lse, entropy = torch.ops.entropy_attn.attention(
+        query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
+        is_causal, return_lse, return_entropy, backend,
+    )  # fmt: skip
+    if layout == "bnhd":
+        out = out.transpose(1, 2)
+    if not (return_lse or return_entropy):
+        return out
+    return AttentionOutput(out, entropy if return_entropy else None, lse if return_lse else None)

@@ -1,0 +1,85 @@
+"""Which backend runs a call. Each is a module with one function ``forward``, imported when first needed.
+
+``forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy) -> (out, lse, entropy)`` takes
+tensors in (B, H, N, D), `attn_mask` expanded to (B, H, Nq, Nk) or None, and `scale` a float or a tensor expanded to
+(B, H); what was not asked for comes back as an empty tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Choice(NamedTuple):
+    name: str
+    reason: str
+
+
+def choose(query: torch.Tensor, value: torch.Tensor, backend: str) -> Choice:
+    """The backend that runs a call, and why. Raises ValueError where the one asked for cannot."""
+    if backend == "reference":
+        return Choice("reference", "asked for")
+    if backend == "cpu":
+        if query.device.type != "cpu":
+            raise ValueError(f"backend='cpu' takes tensors on the CPU, got query on {query.device}")
+        return Choice("cpu", "asked for")
+    if backend == "auto" and query.device.type == "cpu":
+        return Choice("cpu", "query is on the CPU")
+    obstacle = triton_obstacle(query, value)
+    if obstacle is None:
+        return Choice("triton", "asked for" if backend == "triton" else f"query is on {query.device}")
+    remedy = "" if query.device.type == "cpu" else "; backend='reference' runs it with O(Nq * Nk) memory"
+    raise ValueError(f"backend={backend!r} cannot run this call: {obstacle}{remedy}")
+
+
+def triton_obstacle(query: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why the Triton kernel cannot take these tensors, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if query.device.type != "cuda" and not (query.device.type == "cpu" and interpreting()):
+        return (
+            f"the Triton kernel needs a CUDA or ROCm device, got query on {query.device} "
+            "(on the CPU, TRITON_INTERPRET=1 set before the first call runs it in Triton's slow interpreter)"
+        )
+    if query.dtype not in TRITON_DTYPES:
+        return f"the Triton kernel takes float16, bfloat16 and float32, got query of {query.dtype}"
+    for name, head_dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not ((head_dim % 8 == 0 and 8 <= head_dim <= 256) or head_dim == 512):
+            return f"the Triton kernel takes head dims 8, 16, 24 ... 256 and 512, got {name} with head dim {head_dim}"
+    if query.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(query.device)
+        if capability < (7, 5):
+            return f"the Triton kernel needs compute capability 7.5 or newer, {query.device} has {capability}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, as decided when they were defined."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def load(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    return importlib.import_module(f"entropy_attn.backends.{name}").forward
+
+
+def new_outputs(
+    query: torch.Tensor, value: torch.Tensor, return_lse: bool, return_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Uninitialised (out, lse, entropy): out in the memory order of query, as SDPA does it."""
+    B, H, Nq, _ = query.shape
+    if query.stride(1) < query.stride(2):  # heads lie inside tokens: (B, Nq, H, Dv) in memory
+        out = query.new_empty((B, Nq, H, value.shape[3])).transpose(1, 2)
+    else:
+        out = query.new_empty((B, H, Nq, value.shape[3]))
+    lse = query.new_empty((B, H, Nq) if return_lse else (0,), dtype=torch.float32)
+    entropy = query.new_empty((B, H, Nq) if return_entropy else (0,), dtype=torch.float32)
+    return out, lse, entropy

@@ -1,0 +1,37 @@
+"""The textbook: every score held in memory, everything in float64. For checking the other backends."""
+
+from __future__ import annotations
+
+import torch
+
+from entropy_attn.backends import new_outputs
+
+
+def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
+    out, lse, entropy = new_outputs(query, value, return_lse, return_entropy)
+    groups = query.shape[1] // max(1, key.shape[1])
+    key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
+    if isinstance(scale, torch.Tensor):
+        scale = scale.double()[..., None, None]
+    scores = query.double() @ key.mT * scale  # (B, H, Nq, Nk)
+
+    visible = torch.ones_like(scores, dtype=torch.bool)
+    if is_causal:
+        visible = visible.tril()
+    elif attn_mask is not None:
+        visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != float("-inf")
+        if attn_mask.dtype != torch.bool:
+            scores = scores + attn_mask
+    scores = scores.masked_fill(~visible, float("-inf"))
+    # A key that no query sees must not reach the output, whatever its value row holds.
+    value = value.masked_fill(~visible.any(dim=-2).unsqueeze(-1), 0.0)
+
+    empty = ~visible.any(dim=-1, keepdim=True)
+    log_p = scores.log_softmax(dim=-1).masked_fill(empty, float("-inf"))
+    p = log_p.exp()
+    out.copy_(p @ value)
+    if return_lse:
+        lse.copy_(scores.logsumexp(dim=-1))
+    if return_entropy:
+        entropy.copy_(-(p * log_p.masked_fill(p == 0, 0.0)).sum(dim=-1))
+    return out, lse, entropy

@@ -1,0 +1,59 @@
+"""Which backend, scale and tile a call of `attention` would use."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+
+from entropy_attn import checks
+from entropy_attn.attention import attention
+from entropy_attn.backends import choose
+from entropy_attn.op import resolve_scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call of `attention` would do; `print` it, or read the fields.
+
+    `scale` is None where λ is a tensor: reading it would synchronise. `tile` is None without the Triton kernel.
+    """
+
+    backend: str
+    reason: str
+    scale: float | None
+    num_tokens: int
+    train_tokens: int | None
+    tile: Any
+
+    def __str__(self) -> str:
+        trained = f"T = {self.train_tokens}, " if self.train_tokens is not None else ""
+        scale = "a tensor" if self.scale is None else f"{self.scale:.6g}"
+        lines = [f"backend  {self.backend}: {self.reason}", f"scale    {scale} ({trained}N = {self.num_tokens})"]
+        if self.tile is not None:
+            lines.append(f"tile     {self.tile}")
+        return "\n".join(lines)
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """What `attention` would do with these same arguments. Raises what `attention` would raise; runs nothing."""
+    bound = inspect.signature(attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    query, key, value = checks.bhnd(given["query"], given["key"], given["value"], given["layout"])
+    rest = {name: x for name, x in given.items() if name not in ("query", "key", "value", "layout")}
+    checks.check(query, key, value, **rest)
+    backend, reason = choose(query, value, given["backend"])
+    tile = None
+    if backend == "triton":
+        from entropy_attn.backends.triton import tile_for
+
+        tile = tile_for(query, value)
+    scale, train_tokens, num_tokens = (given[name] for name in ("scale", "train_tokens", "num_tokens"))
+    if isinstance(scale, torch.Tensor):
+        scale = None
+    else:
+        scale = resolve_scale(query, key, scale, train_tokens, given["train_entropy"], num_tokens)
+    return Explanation(backend, reason, scale, key.shape[2] if num_tokens is None else num_tokens, train_tokens, tile)

@@ -1,0 +1,86 @@
+"""The attention scale as a function of the number of tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import overload
+
+import torch
+
+
+@overload
+def entropy_scale(num_tokens: int, train_tokens: int, head_dim: int, train_entropy: float = 0.0) -> float: ...
+
+
+@overload
+def entropy_scale(
+    num_tokens: int | torch.Tensor,
+    train_tokens: int | torch.Tensor,
+    head_dim: int,
+    train_entropy: float | torch.Tensor = 0.0,
+) -> float | torch.Tensor: ...
+
+
+def entropy_scale(num_tokens, train_tokens, head_dim, train_entropy=0.0):
+    """The softmax scale that holds attention entropy at its trained level as the number of tokens changes.
+
+        λ = sqrt((ln N - H_T) / (ln T - H_T)) / sqrt(d)
+
+    With ``train_entropy`` H_T = 0 this is λ = sqrt(log_T N / d), Eq. 7 of Jin et al., "Training-free Diffusion Model
+    Adaptation for Variable-Sized Text-to-Image Synthesis" (NeurIPS 2023). A layer's mean entropy measured at the
+    trained size makes it the λ for which Eq. 5 of the paper, entropy = ln N - σ²/2 with σ² proportional to λ², keeps
+    that entropy. At N = T it is 1/sqrt(d) exactly.
+
+    Args:
+        num_tokens: N, the tokens (keys) attended to now; at least 2.
+        train_tokens: T, the tokens the model was trained with; at least 2.
+        head_dim: d, the size of one query or key vector.
+        train_entropy: H_T in nats, 0 <= H_T < ln T and H_T < ln N.
+
+    N, T and H_T may be tensors that broadcast together; the result is then a float32 tensor, computed without
+    reading the elements: where the rule is undefined for an element, it is NaN or infinite.
+
+    Returns:
+        λ as a float, or a float32 tensor when an argument is a tensor.
+
+    Raises:
+        TypeError: an argument is not of the types above.
+        ValueError: a number is out of the ranges above.
+    """
+    _check_int("head_dim", head_dim, at_least=1)
+    numbers = {"num_tokens": num_tokens, "train_tokens": train_tokens}
+    for name, number in numbers.items():
+        if not isinstance(number, torch.Tensor):
+            _check_int(name, number, at_least=2)
+    if not isinstance(train_entropy, torch.Tensor):
+        _check_train_entropy(train_entropy, numbers)
+    if any(isinstance(x, torch.Tensor) for x in (num_tokens, train_tokens, train_entropy)):
+        return _tensor_scale(num_tokens, train_tokens, head_dim, train_entropy)
+    ratio = (math.log(num_tokens) - train_entropy) / (math.log(train_tokens) - train_entropy)
+    return math.sqrt(ratio) / math.sqrt(head_dim)
+
+
+def _check_int(name: str, value: object, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int or a tensor, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_train_entropy(value: float, numbers: dict) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"train_entropy must be a float or a tensor, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"train_entropy must be a finite number of nats, 0 or more, got {value}")
+    for name, number in numbers.items():
+        if not isinstance(number, torch.Tensor) and value >= math.log(number):
+            raise ValueError(
+                f"train_entropy must be below ln({name}) = {math.log(number):.4f} nats, got {value}: "
+                f"no scale gives {number} tokens that entropy"
+            )
+
+
+def _tensor_scale(num_tokens, train_tokens, head_dim: int, train_entropy) -> torch.Tensor:
+    device = next(x.device for x in (num_tokens, train_tokens, train_entropy) if isinstance(x, torch.Tensor))
+    n, t, h = (torch.as_tensor(x, device=device).to(torch.float32) for x in (num_tokens, train_tokens, train_entropy))
+    return torch.sqrt((n.log() - h) / (t.log() - h)) / math.sqrt(head_dim)
