@@ -1,0 +1,46 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter; that has to be decided before they are imported."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device, and there is none"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repaired_interpreter():
+    """Triton 3.7's interpreter multiplies the bit patterns of bfloat16 in tl.dot, and rounds the product in tl.fma."""
+    if torch.cuda.is_available():
+        yield
+        return
+    tl = pytest.importorskip("triton.language")
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def numbers(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, numbers(a), numbers(b), *rest)
+        )
+        patch.setattr(InterpreterBuilder, "create_fma", create_fma)
+        yield

@@ -1,0 +1,109 @@
+"""The kernel compiled ahead of time for every architecture: that each tile fits, and what it costs.
+
+The binaries' registers, spills and shared memory are recorded in build/compile_matrix/.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from entropy_attn.kernels import tiles
+from entropy_attn.kernels.aot import ARCHITECTURES
+
+RECORDS = Path(__file__).parent.parent / "build" / "compile_matrix"
+MAIN_HEAD_DIMS = (40, 64, 80, 128, 160)
+HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
+
+
+def compile_all(architecture: str, dtype: str, head_dims: tuple[int, ...]) -> list[dict]:
+    """In a process of its own: in this one, Triton's interpreter may stand in for the compiler."""
+    command = [sys.executable, "-m", "entropy_attn.kernels.aot", "--architecture", architecture, "--dtype", dtype]
+    command += ["--head-dim", *map(str, head_dims)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ENTROPY_ATTN_TILES")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(architecture: str, dtype: str, head_dims: tuple[int, ...]) -> None:
+    rows = compile_all(architecture, dtype, head_dims)
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    path = RECORDS / f"{architecture}-{dtype}-{len(head_dims)}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(row["head_dim"], row["entropy"]) for row in rows] == [(d, e) for d in head_dims for e in (False, True)]
+    too_large = [row for row in rows if row["shared"] > row["shared_limit"]]
+    assert not too_large, "needs more shared memory than the architecture has"
+    spilling = [row for row in rows if row["spills"] > row["spills_allowed"]]
+    assert not spilling, "spills more than the table declares"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_main_head_dims(architecture, dtype):
+    check(architecture, dtype, MAIN_HEAD_DIMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", tiles.DTYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_whole_matrix(architecture, dtype):
+    check(architecture, dtype, HEAD_DIMS)
+
+
+def test_head_dims_meet_every_entry():
+    for rows in (rows for by_bits in tiles.TABLE.values() for rows in by_bits.values()):
+        assert {min(largest for largest in rows if largest >= d) for d in HEAD_DIMS} == set(rows)
+        assert max(rows) == 512
+
+
+@pytest.mark.parametrize("head_dim", tiles.HEAD_DIMS)
+def test_pieces_of_the_head_dim(head_dim):
+    first, second = tiles.split_head_dim(head_dim)
+    whole = 1 << (head_dim - 1).bit_length()
+    assert head_dim <= first + second <= max(16, whole)
+    assert all(piece == 0 or (piece >= 16 and piece & (piece - 1) == 0) for piece in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "pieces"),
+    [(8, (16, 0)), (24, (32, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (96, (64, 32)),
+     (128, (128, 0)), (160, (128, 32)), (192, (128, 64)), (256, (256, 0)), (512, (512, 0))],
+)  # fmt: skip
+def test_known_pieces(head_dim, pieces):
+    assert tiles.split_head_dim(head_dim) == pieces
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entry"),
+    [("sm_80", "sm_80"), ("sm_87", "sm_86"), ("sm_89", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100"),
+     ("sm_121", "sm_120"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"), ("gfx1201", "gfx1100")],
+)  # fmt: skip
+def test_architectures_without_an_entry(architecture, entry):
+    assert tiles.table_architecture(architecture) == entry
+    assert tiles.find_tile(architecture, "float16", 64) == tiles.find_tile(entry, "float16", 64)
+
+
+def test_tiles_of_the_user(tmp_path, monkeypatch):
+    mine = {"sm_80": {"float16": {"64": {"block_m": 64, "block_n": 32, "num_warps": 2, "num_stages": 4}}}}
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps(mine))
+    monkeypatch.setenv("ENTROPY_ATTN_TILES", str(path))
+    assert tiles.find_tile("sm_80", "float16", 40) == tiles.Tile(64, 32, 2, 4)
+    assert tiles.find_tile("sm_80", "bfloat16", 40) == tiles.TABLE["sm_80"][16][80]
+    assert tiles.find_tile("sm_80", "float16", 128) == tiles.TABLE["sm_80"][16][192]
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", '{"sm_80": {"float16": {"64": {"block": 1}}}}', None])
+def test_bad_tiles_of_the_user(tmp_path, monkeypatch, text):
+    path = tmp_path / "broken.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("ENTROPY_ATTN_TILES", str(path))
+    with pytest.raises(ValueError, match=r"ENTROPY_ATTN_TILES=.*broken\.json cannot be read as a table of tiles"):
+        tiles.find_tile("sm_80", "float16", 64)

@@ -1,0 +1,214 @@
+"""Where attention libraries have failed before: hidden NaN, rows without keys, offsets, zero and negative scales."""
+
+import math
+
+import pytest
+import torch
+
+from entropy_attn import attention
+
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
+)
+BACKENDS = [pytest.param("triton", marks=INTERPRETED), "cpu", "reference"]
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def qkv(Nq=70, Nk=90, D=16, B=2, H=2):
+    return normal(B, H, Nq, D, seed=1), normal(B, H, Nk, D, seed=2), normal(B, H, Nk, D, seed=3)
+
+
+def everything(*args, **kwargs):
+    return attention(*args, return_entropy=True, return_lse=True, **kwargs)
+
+
+def assert_same(a, b, atol=2e-6):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=atol, rtol=1e-5)
+
+
+def hiding_masks(Nq=70, Nk=90):
+    """Masks that hide the keys 40 … 59 from every query, in each form a mask can have."""
+    keys = torch.ones(Nk, dtype=torch.bool)
+    keys[40:60] = False
+    bias = torch.zeros(Nk).masked_fill(~keys, -math.inf)
+    rows = keys.expand(1, 1, Nq, Nk) & (normal(1, 1, Nq, Nk, seed=4) > -1)
+    return {
+        "key padding": keys.view(1, 1, 1, Nk),
+        "rows": rows,
+        "key bias": bias.view(1, 1, 1, Nk),
+        "bias": torch.zeros(1, 1, Nq, Nk).masked_fill(~rows, -math.inf),
+    }
+
+
+@pytest.mark.parametrize("kind", hiding_masks())
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("plain", [False, True], ids=["statistics", "plain"])
+def test_hidden_keys_cannot_leak(backend, kind, poison, plain):
+    query, key, value = qkv()
+    mask = hiding_masks()[kind]
+    bad_key, bad_value = key.clone(), value.clone()
+    bad_key[:, :, 40:60] = poison
+    bad_value[:, :, 40:60] = poison
+    if plain:
+        clean, bad = (attention(query, k, v, mask, backend=backend) for k, v in ((key, value), (bad_key, bad_value)))
+        torch.testing.assert_close(bad, clean, atol=2e-6, rtol=1e-5)
+    else:
+        clean = everything(query, key, value, mask, backend=backend)
+        assert_same(everything(query, bad_key, bad_value, mask, backend=backend), clean)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_keys_after_the_last_query_cannot_leak(backend, poison):
+    query, key, value = qkv(Nq=70, Nk=200)
+    clean = everything(query, key, value, is_causal=True, backend=backend)
+    key[:, :, 70:] = poison
+    value[:, :, 70:] = poison
+    assert_same(everything(query, key, value, is_causal=True, backend=backend), clean)
+
+
+def test_nan_in_a_visible_place_is_not_hidden(backend):
+    query, key, value = qkv()
+    query[0, 0, 3, 0] = math.nan
+    out, entropy, lse = everything(query, key, value, backend=backend)
+    for x in (out[..., 0], entropy, lse):
+        expected = torch.zeros(2, 2, 70, dtype=torch.bool)
+        expected[0, 0, 3] = True
+        assert torch.equal(x.isnan(), expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias", "key padding"])
+@pytest.mark.parametrize("scale", [None, 0.0, -0.3])
+def test_rows_without_keys(backend, kind, scale):
+    query, key, value = qkv()
+    mask = torch.ones(2, 1, 70, 90, dtype=torch.bool)
+    empty = torch.zeros(2, 1, 70, dtype=torch.bool)
+    if kind == "key padding":
+        mask = mask[:, :, :1].clone()
+        mask[1] = False
+        empty[1] = True
+    else:
+        mask[:, :, 5:9] = False
+        empty[:, :, 5:9] = True
+    if kind == "bias":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    out, entropy, lse = everything(query, key, value, mask, scale=scale, backend=backend)
+    empty = empty.expand(2, 2, 70)
+    assert (out[empty] == 0).all()
+    assert (entropy[empty] == 0).all()
+    assert (lse[empty] == -math.inf).all()
+    assert out[~empty].isfinite().all()
+    assert lse[~empty].isfinite().all()
+    assert (entropy[~empty] > 0).all()
+    plain = attention(query, key, value, mask, scale=scale, backend=backend)
+    torch.testing.assert_close(plain, out, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_keys_at_all(backend, dtype):
+    query, key, value = (x.to(dtype) for x in qkv(Nk=0))
+    out, entropy, lse = everything(query, key, value, backend=backend)
+    assert out.shape == (2, 2, 70, 16)
+    assert (out == 0).all()
+    assert (entropy == 0).all()
+    assert (lse == -math.inf).all()
+    assert (attention(query, key, value, backend=backend) == 0).all()
+
+
+@pytest.mark.parametrize(("B", "H", "Nq"), [(0, 2, 5), (2, 0, 5), (2, 2, 0)])
+def test_empty_inputs(backend, B, H, Nq):
+    query, key, value = normal(B, H, Nq, 16), normal(B, H, 9, 16), normal(B, H, 9, 24)
+    out, entropy, lse = everything(query, key, value, backend=backend)
+    assert out.shape == (B, H, Nq, 24)
+    assert entropy.shape == lse.shape == (B, H, Nq)
+    assert attention(query, key, value, backend=backend).shape == out.shape
+
+
+def test_logits_with_an_offset(backend):
+    # Sums of few small integers are exact in float32: the offset itself costs no digits.
+    query = torch.randint(-2, 3, (1, 2, 70, 16), generator=torch.Generator().manual_seed(0)).float()
+    key = torch.randint(-2, 3, (1, 2, 90, 16), generator=torch.Generator().manual_seed(1)).float()
+    value = normal(1, 2, 90, 16)
+    query[..., 0], key[..., 0] = 100.0, 0.0
+    base = everything(query.double(), key.double(), value.double(), scale=0.25, backend="reference")
+    key[..., 0] = 400.0  # every logit grows by 10^4
+    out, entropy, lse = everything(query, key, value, scale=0.25, backend=backend)
+    assert (out - base.out.float()).abs().max() <= 2e-6
+    assert (entropy - base.entropy).abs().max() <= 2e-5
+    assert (lse - 1e4 - base.lse).abs().max() <= 2e-3  # float32 has steps of 1e-3 at 1e4
+
+
+def test_zero_scale_is_the_mean(backend):
+    query, key, value = qkv()
+    out, entropy, lse = everything(query, key, value, scale=0.0, backend=backend)
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(entropy, torch.full_like(entropy, math.log(90)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(lse, entropy, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_negative_scale_is_the_negative_query(backend, tensor):
+    query, key, value = qkv()
+    scale = torch.tensor([[-0.3, 0.2], [0.0, -2.0]]) if tensor else -0.3
+    flipped = query * (scale.sign()[..., None, None] if tensor else -1)
+    expected = everything(flipped, key, value, scale=scale.abs() if tensor else 0.3, backend=backend)
+    assert_same(everything(query, key, value, scale=scale, backend=backend), expected)
+
+
+def test_nan_scale_gives_nan(backend):
+    query, key, value = qkv()
+    scale = torch.tensor([[math.nan, 0.2], [0.1, 0.3]])
+    out, entropy, lse = everything(query, key, value, scale=scale, backend=backend)
+    for x in (out, entropy, lse):
+        assert x[0, 0].isnan().all()
+        assert not x[0, 1].isnan().any()
+        assert not x[1].isnan().any()
+
+
+def test_lowest_finite_bias_still_counts(backend):
+    # torch.finfo.min is what many models mask with: where it is all a row has, it is a number like any other.
+    query, key, value = qkv()
+    bias = torch.zeros(70, 90)
+    bias[5] = torch.finfo(torch.float32).min
+    out, entropy, _ = everything(query, key, value, bias, backend=backend)
+    torch.testing.assert_close(out[:, :, 5], value.mean(2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy[:, :, 5], torch.full((2, 2), math.log(90)), atol=1e-5, rtol=0)
+
+
+def test_peaked_rows_have_no_negative_entropy(backend):
+    query, key, value = qkv()
+    _, entropy, _ = everything(query * 50, key * 50, value, backend=backend)
+    assert (entropy >= 0).all()
+    assert entropy.median() < 1e-3
+
+
+def test_large_float16_logits_do_not_overflow(backend):
+    query, key, value = (x.half() for x in qkv())
+    out, entropy, lse = everything(query * 300, key * 300, value, backend=backend)
+    assert out.isfinite().all()
+    assert entropy.isfinite().all()
+    assert lse.isfinite().all()
+    assert lse.max() > torch.finfo(torch.float16).max
+
+
+def test_output_lies_in_memory_as_query_does(backend):
+    query, key, value = qkv()
+    bhnd = attention(query, key, value, backend=backend)
+    assert bhnd.is_contiguous()
+    tokens_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+    bnhd = attention(*tokens_first, layout="bnhd", backend=backend)
+    assert bnhd.is_contiguous()
+    torch.testing.assert_close(bnhd.transpose(1, 2), bhnd, atol=2e-6, rtol=1e-5)
+    views = attention(*(x.transpose(1, 2) for x in tokens_first), backend=backend)
+    assert views.transpose(1, 2).is_contiguous()
+
+
+def test_run_to_run_bitwise_equal(backend):
+    query, key, value = qkv()
+    first = everything(query, key, value, is_causal=True, backend=backend)
+    second = everything(query, key, value, is_causal=True, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,131 @@
+"""Every rejected call raises before anything runs, naming the argument, what came and what is allowed."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+import entropy_attn.backends
+from entropy_attn import attention, explain
+
+
+def tensors(B=2, H=4, Hkv=4, Nq=6, Nk=5, D=8, Dv=8, dtype=torch.float32):
+    return {
+        "query": torch.zeros(B, H, Nq, D, dtype=dtype),
+        "key": torch.zeros(B, Hkv, Nk, D, dtype=dtype),
+        "value": torch.zeros(B, Hkv, Nk, Dv, dtype=dtype),
+    }
+
+
+META = torch.zeros(2, 4, 5, 8, device="meta")
+MASK = torch.ones(2, 1, 6, 5, dtype=torch.bool)
+
+CASES = {
+    "query not a tensor": (dict(query=[1.0]), TypeError, "query must be a tensor, got list"),
+    "key with 3 axes": (dict(key=torch.zeros(4, 5, 8)), ValueError, r"key must have 4 axes .*got shape \(4, 5, 8\)"),
+    "integer dtype": (tensors(dtype=torch.int32), ValueError, "query must be of float16.*got torch.int32"),
+    "mixed dtypes": (dict(key=torch.zeros(2, 4, 5, 8).half()), ValueError, "key must have the dtype of query"),
+    "mixed devices": (dict(value=META), ValueError, "value must be on the device of query, cpu, got meta"),
+    "batch sizes": (dict(key=torch.zeros(1, 4, 5, 8)), ValueError, "the same batch size, got 2, 1 and 2"),
+    "head dims": (dict(key=torch.zeros(2, 4, 5, 16)), ValueError, "key must have the head dim of query, 8, got 16"),
+    "head dim 0": (tensors(D=0), ValueError, "query must have a head dim of at least 1, got 0"),
+    "value tokens": (dict(value=torch.zeros(2, 4, 7, 8)), ValueError, "heads and tokens of key, 4 and 5, got 4 and 7"),
+    "value heads": (dict(value=torch.zeros(2, 2, 5, 8)), ValueError, "heads and tokens of key, 4 and 5, got 2 and 5"),
+    "fewer heads without gqa": (tensors(Hkv=2), ValueError, "heads of query, 4, got 2 .*enable_gqa=True"),
+    "heads no multiple": (tensors(Hkv=3) | dict(enable_gqa=True), ValueError, "must be a multiple .*got 4 and 3"),
+    "dropout": (dict(dropout_p=0.1), ValueError, "dropout_p must be 0, got 0.1"),
+    "causal and mask": (dict(is_causal=True, attn_mask=MASK), ValueError, "is_causal and attn_mask cannot be given"),
+    "mask not a tensor": (dict(attn_mask=[True]), TypeError, "attn_mask must be a tensor, got list"),
+    "mask dtype": (dict(attn_mask=MASK.int()), ValueError, "attn_mask must be of torch.bool, .*got torch.int32"),
+    "mask device": (dict(attn_mask=MASK.to("meta")), ValueError, "attn_mask must be on the device of query"),
+    "mask shape": (dict(attn_mask=MASK[:, :, :4]), ValueError, r"\(2, 4, 6, 5\).*got shape \(2, 1, 4, 5\)"),
+    "mask with 1 axis": (dict(attn_mask=MASK[0, 0, 0]), ValueError, r"from 2 to 4 axes, got shape \(5,\)"),
+    "scale infinite": (dict(scale=math.inf), ValueError, r"scale must be finite \(in float32\), got inf"),
+    "scale nan": (dict(scale=math.nan), ValueError, r"scale must be finite \(in float32\), got nan"),
+    "scale beyond float32": (dict(scale=1e39), ValueError, r"scale must be finite \(in float32\), got 1e\+39"),
+    "scale a string": (dict(scale="0.1"), TypeError, "scale must be a float or a tensor, got str"),
+    "scale shape": (dict(scale=torch.ones(4)), ValueError, r"shape \(\), \(B,\) = \(2,\) or .*got \(4,\)"),
+    "scale dtype": (dict(scale=torch.ones(2).half()), ValueError, "scale must be a float32 tensor .*got torch.float16"),
+    "scale device": (dict(scale=torch.ones(2, device="meta")), ValueError, "scale must be on the device of query"),
+    "scale and T": (dict(scale=0.1, train_tokens=9), ValueError, "scale and train_tokens cannot be given together"),
+    "N without T": (dict(num_tokens=9), ValueError, "num_tokens needs train_tokens, got num_tokens=9"),
+    "H_T without T": (dict(train_entropy=1.0), ValueError, "train_entropy needs train_tokens"),
+    "T a float": (dict(train_tokens=9.0), TypeError, "train_tokens must be an int, got float"),
+    "T too small": (dict(train_tokens=1), ValueError, "train_tokens must be at least 2, got 1"),
+    "N a float": (dict(train_tokens=9, num_tokens=4.5), TypeError, "num_tokens must be an int, got float"),
+    "N too small": (tensors(Nk=1) | dict(train_tokens=9), ValueError, "num_tokens must be at least 2, got 1"),
+    "H_T too large": (dict(train_tokens=9, train_entropy=2.3), ValueError, "train_entropy must be below ln"),
+    "H_T negative": (dict(train_tokens=9, train_entropy=-1.0), ValueError, "train_entropy must be a finite number"),
+    "layout": (dict(layout="nbhd"), ValueError, "layout must be 'bhnd' or 'bnhd', got 'nbhd'"),
+    "backend": (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'reference', got"),
+    "flag not a bool": (dict(return_entropy="yes"), TypeError, "return_entropy must be a bool, got str"),
+}
+
+
+@pytest.mark.parametrize("call", [attention, explain])
+@pytest.mark.parametrize(("arguments", "error", "message"), CASES.values(), ids=CASES)
+def test_rejected(call, arguments, error, message):
+    with pytest.raises(error, match=message):
+        call(**(tensors() | arguments))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask", "scale"])
+def test_inputs_that_require_grad(name):
+    arguments = tensors() | {"attn_mask": torch.zeros(6, 5), "scale": torch.ones(())}
+    arguments[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} requires grad.*scaled_dot_product_attention"):
+        attention(**arguments)
+    with torch.no_grad():
+        assert not attention(**arguments).requires_grad
+
+
+def test_grad_mode_without_inputs_that_require_grad():
+    with torch.enable_grad():
+        assert not attention(**tensors()).requires_grad
+
+
+def test_other_devices_need_another_backend():
+    arguments = {name: x.to("meta") for name, x in tensors().items()}
+    with pytest.raises(ValueError, match=r"backend='auto'.*CUDA or ROCm device, got query on meta.*'reference'"):
+        explain(**arguments)
+    with pytest.raises(ValueError, match="backend='cpu' takes tensors on the CPU, got query on meta"):
+        explain(**arguments, backend="cpu")
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(entropy_attn.backends, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run this call: .*got query on cpu"):
+        attention(**tensors(), backend="triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        attention(**tensors(), backend="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (tensors(dtype=torch.float64), "float16, bfloat16 and float32, got query of torch.float64"),
+        (tensors(D=20), "got query with head dim 20"),
+        (tensors(Dv=264), "got value with head dim 264"),
+        (tensors(D=4), "got query with head dim 4"),
+    ],
+)
+def test_triton_says_what_it_takes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments, backend="triton")
+
+
+def test_explain():
+    arguments = tensors(Nk=784, D=40)
+    told = explain(**arguments, train_tokens=4096)
+    assert (told.backend, told.reason, told.num_tokens) == ("cpu", "query is on the CPU", 784)
+    assert told.scale == entropy_attn.entropy_scale(784, 4096, 40)
+    assert str(told).splitlines() == [
+        "backend  cpu: query is on the CPU",
+        f"scale    {told.scale:.6g} (T = 4096, N = 784)",
+    ]
+    assert explain(**arguments).scale == 1 / math.sqrt(40)
+    assert explain(**arguments, scale=torch.ones(2)).scale is None
+    assert explain(**arguments, backend="reference").backend == "reference"

@@ -1,0 +1,120 @@
+"""The kernel on a device: the cases of test_attention.py, graphs, large offsets, a second device."""
+
+import pytest
+import torch
+from support import Case, assert_close, make_inputs, pairwise_cases
+
+from entropy_attn import attention, entropy_scale, explain
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("case", pairwise_cases(), ids=str)
+def test_matches_float64(case: Case):
+    inputs = make_inputs(case, device="cuda")
+    assert explain(**inputs.arguments).backend == "triton"
+    atol = 1e-5 if case.dtype == torch.float32 else 1e-3
+    assert_close(case, inputs, attention(**inputs.arguments), statistics_atol=atol)
+
+
+def qkv(N=512, dtype=torch.float16, H=4, D=64, device="cuda"):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn((2, H, N, D), generator=g).to(dtype).to(device) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_run_to_run_bitwise_equal(dtype):
+    inputs = qkv(1000, dtype)
+    first = attention(*inputs, return_entropy=True, return_lse=True)
+    for _ in range(5):
+        again = attention(*inputs, return_entropy=True, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_graph_capture_and_replay_with_a_tensor_scale():
+    inputs = qkv()
+    scale = torch.full((), 0.125, device="cuda")
+    attention(*inputs, scale=scale, return_entropy=True)  # compile before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(*inputs, scale=scale, return_entropy=True)
+    for N in (256, 512, 2048):
+        scale.fill_(entropy_scale(N, 512, 64))
+        graph.replay()
+        expected = attention(*inputs, scale=float(scale), return_entropy=True)
+        torch.testing.assert_close(captured.out, expected.out)
+        torch.testing.assert_close(captured.entropy, expected.entropy)
+
+
+def test_tensor_scale_does_not_synchronise():
+    inputs, scale = qkv(), torch.full((2, 4), 0.1, device="cuda")
+    attention(*inputs, scale=scale)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention(*inputs, scale=scale, return_entropy=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_offsets_past_2_31():
+    # A batch stride of 2^31 elements, as views into one long buffer have it.
+    N, H, D, far = 128, 2, 64, 2**31
+    if torch.cuda.mem_get_info()[0] < 2 * (far + 10**6) + 2**30:
+        pytest.skip("needs 6 GiB of free device memory")
+    buffer = torch.empty(far + N * H * D, dtype=torch.float16, device="cuda")
+    view = buffer.as_strided((2, H, N, D), (far, N * D, D, 1))
+    view.copy_(qkv(N, H=H)[0])
+    got = attention(view, view, view, return_entropy=True)
+    packed = view.clone()
+    for a, b in zip(got[:2], attention(packed, packed, packed, return_entropy=True)[:2], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_row_strides_past_2_31():
+    N, D = 130, 64
+    row = 2**31 // 100  # the last rows of a tile lie past 2^31
+    if torch.cuda.mem_get_info()[0] < 2 * row * N + 2**30:
+        pytest.skip("needs 7 GiB of free device memory")
+    buffer = torch.empty(row * N, dtype=torch.float16, device="cuda")
+    view = buffer.as_strided((1, 1, N, D), (row * N, D, row // 8 * 8, 1))
+    view.copy_(qkv(N, H=1)[0][:1])
+    packed = view.clone()
+    assert torch.equal(attention(view, view, view), attention(packed, packed, packed))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second device")
+def test_second_device():
+    inputs = qkv()
+    expected = attention(*inputs, return_entropy=True)
+    got = attention(*(x.to("cuda:1") for x in inputs), return_entropy=True)
+    assert got.out.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(got.out.to("cuda:0"), expected.out)
+    torch.testing.assert_close(got.entropy.to("cuda:0"), expected.entropy)
+
+
+def test_float32_follows_pytorchs_precision_switch():
+    inputs = qkv(dtype=torch.float32)
+    exact = attention(*(x.double() for x in inputs), backend="reference")
+    errors = {}
+    before = torch.backends.cuda.matmul.fp32_precision
+    for precision in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        errors[precision] = (attention(*inputs) - exact).abs().max().item()
+    torch.backends.cuda.matmul.fp32_precision = before
+    assert errors["ieee"] < 5e-6
+    assert errors["tf32"] < 5e-3
+
+
+def test_compiled_by_inductor():
+    torch._dynamo.reset()
+    fast = torch.compile(lambda q, k, v: attention(q * 2, k, v, train_tokens=256) + 1, fullgraph=True, dynamic=True)
+    for N in (128, 200, 333):
+        query, key, value = qkv(N)
+        torch.testing.assert_close(fast(query, key, value), attention(query * 2, key, value, train_tokens=256) + 1)
+
+
+def test_float64_says_what_to_do():
+    with pytest.raises(ValueError, match="float64; backend='reference'"):
+        attention(*qkv(dtype=torch.float64))
