@@ -52,7 +52,13 @@ def measure(dtype: str, N: int, heads: int, head_dim: int, rounds: int) -> dict:
     if heads * N * N <= 1 << 28:
         ways["textbook entropy"] = lambda: textbook(query, key, value)
     times = interleaved(ways, rounds)
-    row: dict = {"dtype": dtype, "N": N, "heads": heads, "head_dim": head_dim, "sdpa_ms": statistics.median(times["sdpa"])}
+    row: dict = {
+        "dtype": dtype,
+        "N": N,
+        "heads": heads,
+        "head_dim": head_dim,
+        "sdpa_ms": statistics.median(times["sdpa"]),
+    }
     for name in list(ways)[1:]:
         ratios = [t / s for t, s in zip(times[name], times["sdpa"], strict=True)]
         row[f"{name} / sdpa"] = statistics.median(ratios)
@@ -68,7 +74,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("build/cpu.json"), help="default: %(default)s")
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds"
+    )
     rows = []
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for dtype in arguments.dtypes:

@@ -57,11 +57,11 @@ def compile_kernel(
     wide: bool = False,
     tile: tiles.Tile | None = None,
 ) -> CompiledKernel:
-    """The binary that a launch with such arguments would run, for aligned tensors."""
+    """The binary that a launch with such arguments would run, for aligned tensors and a mask contiguous in its keys."""
     value_dim = value_dim or head_dim
     tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim))
     constants = tiles.constexprs(
-        architecture, head_dim, value_dim, tile,
+        architecture, dtype, head_dim, value_dim, tile,
         is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, wide=wide,
     )  # fmt: skip
     element = _TYPES[dtype]
@@ -76,6 +76,7 @@ def compile_kernel(
         "Entropy": "fp32" if entropy else None,
     }
     constants |= {name: None for name, pointee in pointers.items() if pointee is None}
+    constants |= {"stride_mn": 1} if mask != "none" else {}
     signature, attributes = {}, {}
     for index, name in enumerate(attention_forward.arg_names):
         if name in constants:
@@ -85,6 +86,8 @@ def compile_kernel(
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
+            if name == "stride_mm":
+                attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(attention_forward, signature, constants, attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return triton.compile(source, target=_target(architecture), options=options)

@@ -47,18 +47,15 @@ def partial_sums(x, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
 
 
 @triton.jit
-def load_mask(pointers, key_valid, EDGE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr):
-    """One tile of the mask, [M, N] or for a mask shared by all queries [1, N]; past the last key it hides."""
-    if BIAS:
-        if EDGE:
-            return tl.load(pointers, mask=key_valid[None, :], other=float("-inf")).to(tl.float32)
-        else:
-            return tl.load(pointers).to(tl.float32)
+def load_mask(pointers, key_valid, EDGE: tl.constexpr, BIAS: tl.constexpr):
+    """One tile of the mask as what it adds to the scores, [M, N], or [N] where all queries share it."""
+    if EDGE:
+        valid = key_valid if len(pointers.shape) == 1 else key_valid[None, :]
+        mask = tl.load(pointers, mask=valid, other=float("-inf") if BIAS else 0)
     else:
-        if EDGE:
-            return tl.load(pointers, mask=key_valid[None, :], other=0) != 0
-        else:
-            return tl.load(pointers) != 0
+        mask = tl.load(pointers)
+    # As a number either way: the compiler moves numbers between layouts far better than booleans.
+    return mask.to(tl.float32) if BIAS else tl.where(mask != 0, 0.0, float("-inf"))
 
 
 @triton.jit
@@ -71,19 +68,15 @@ def attend(
     MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys start .. start + BLOCK_N, those before end, into the running softmax of one tile of queries."""
+    HIDES: tl.constexpr = EDGE or MASK != "none"
+    BIAS: tl.constexpr = MASK == "bias"
     key_index = start + tl.arange(0, BLOCK_N)
     offset = tl.cast(start, tl.int64)
-    key_valid = key_index < end  # [N]: which rows of K and V may be read
-    visible = key_valid[None, :]  # [1, N] or [M, N]: which scores count
-    HIDES: tl.constexpr = EDGE or MASK != "none"
-    if CAUSAL and EDGE:  # never together with a mask
-        visible = visible & (key_index[None, :] <= query_index[:, None])
+    # A key hidden from the whole tile is not read: its K and V are 0, and what stands there, NaN even, cannot leak.
+    key_valid = key_index < end  # [N]
     if MASK != "none":
-        mask = load_mask(mask_pointers + offset * stride_mn, key_valid, EDGE, MASK == "bias", MASK_ROWS)
-        shown = (mask != float("-inf")) if MASK == "bias" else mask  # [1, N] or [M, N]
-        visible = shown
-        # A key hidden from the whole tile is not read at all: what its rows hold, NaN even, cannot reach the output.
-        key_valid = tl.max(shown.to(tl.int32), 0) != 0
+        mask = load_mask(mask_pointers + offset * stride_mn, key_valid, EDGE, BIAS)  # [N] or [M, N]
+        key_valid = (tl.max(mask, 0) if MASK_ROWS else mask) != float("-inf")
 
     c1 = tl.arange(0, D1)
     k1 = load_tile(k1_pointers + offset * stride_kn, key_valid[None, :], c1[:, None] < D, HIDES, D1 > D)  # [D1, N]
@@ -93,14 +86,21 @@ def attend(
         k2 = load_tile(k2_pointers + offset * stride_kn, key_valid[None, :], c2[:, None] < D, HIDES, D1 + D2 > D)
         s = tl.dot(q2, k2, s, input_precision=PRECISION)
 
-    if MASK == "bias":
-        # A finite bias stays finite in base 2, as it is in base e.
-        s = tl.where(visible, s * scale + tl.maximum(mask * LOG2E, LOWEST), float("-inf"))
+    if BIAS:
+        bias = tl.maximum(mask * LOG2E, LOWEST)  # what is finite in base e stays so in base 2
+        if MASK_ROWS:
+            s = tl.where(mask == float("-inf"), float("-inf"), tl.fma(s, scale, bias))
+        else:
+            s = tl.fma(s, scale, tl.where(mask == float("-inf"), float("-inf"), bias)[None, :])
         m_new = tl.maximum(m, tl.max(s, 1))
         x = s - m_new[:, None]
     else:
-        if HIDES:
-            s = tl.where(visible, s, float("-inf"))
+        if MASK_ROWS:
+            s = tl.where(mask == 0.0, s, float("-inf"))
+        elif CAUSAL and EDGE:
+            s = tl.where(key_index[None, :] <= query_index[:, None], s, float("-inf"))
+        elif HIDES:  # the same keys from every query: K is 0 there, and adding -inf hides it
+            s += (mask if MASK != "none" else tl.where(key_valid, 0.0, float("-inf")))[None, :]
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
         # One instruction a score, and its product is not rounded: an offset of all logits costs no digits.
         x = tl.fma(s, scale, -m_new[:, None])
@@ -108,9 +108,7 @@ def attend(
     d = m - m_new
     a = tl.math.exp2(d)
     if ENTROPY:
-        px = p * x
-        if HIDES:
-            px = tl.where(x == float("-inf"), 0.0, px)  # 0 * -inf
+        px = p * (tl.maximum(x, -1000.0) if HIDES else x)  # hidden: 0 * -1000, not 0 * -inf
         t = (t + l * d[:, None]) * a[:, None] + partial_sums(px, BLOCK_M, BLOCK_N, PARTIALS)
     l = l * a[:, None] + partial_sums(p, BLOCK_M, BLOCK_N, PARTIALS)
 
@@ -168,10 +166,10 @@ def attention_forward(
     key = tl.arange(0, BLOCK_N).to(INDEX)
     query_index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_valid = query_index < Nq
-    stride_qn *= STRIDE_UNIT
-    stride_kn *= STRIDE_UNIT
-    stride_vn *= STRIDE_UNIT
-    stride_on *= STRIDE_UNIT
+    stride_qn = tl.cast(stride_qn, INDEX) * STRIDE_UNIT
+    stride_kn = tl.cast(stride_kn, INDEX) * STRIDE_UNIT
+    stride_vn = tl.cast(stride_vn, INDEX) * STRIDE_UNIT
+    stride_on = tl.cast(stride_on, INDEX) * STRIDE_UNIT
     Q += (b * stride_qb + h * stride_qh) * STRIDE_UNIT + first * stride_qn
     K += (b * stride_kb + h_kv * stride_kh) * STRIDE_UNIT
     V += (b * stride_vb + h_kv * stride_vh) * STRIDE_UNIT
@@ -210,7 +208,7 @@ def attention_forward(
             mask_row = tl.minimum(row, Nq - 1 - first)
             mask_pointers = Mask + first * stride_mm + mask_row[:, None] * stride_mm + key[None, :] * stride_mn
         else:
-            mask_pointers = Mask + key[None, :] * stride_mn
+            mask_pointers = Mask + key * stride_mn
 
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M, PARTIALS], tl.float32)

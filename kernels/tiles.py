@@ -129,7 +129,7 @@ def table_architecture(architecture: str) -> str:
 
 
 def constexprs(
-    architecture: str, head_dim: int, value_dim: int, tile: Tile, *,
+    architecture: str, dtype: str, head_dim: int, value_dim: int, tile: Tile, *,
     is_causal: bool, mask: str, mask_rows: bool, tf32: bool, stride_unit: int, wide: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that is fixed when the kernel is compiled, by the names of its parameters.
@@ -138,26 +138,24 @@ def constexprs(
     """
     D1, D2 = split_head_dim(head_dim)
     E1, E2 = split_head_dim(value_dim)
+    matrix_units = _has_matrix_units(architecture, dtype, max(head_dim, value_dim))
+    # Without matrix units a row has no such columns; adding across threads instead differs from thread to thread.
+    columns = 16 if table_architecture(architecture) == "gfx1100" else 8
     return {
         "D": head_dim, "D1": D1, "D2": D2, "E": value_dim, "E1": E1, "E2": E2,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTIALS": _partial_sums(architecture),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTIALS": columns if matrix_units else tile.block_n,
         "CAUSAL": is_causal, "MASK": mask, "MASK_ROWS": mask_rows,
-        "PRECISION": _float32_precision(architecture, max(head_dim, value_dim), tf32),
+        "PRECISION": ("tf32" if tf32 else "tf32x3") if matrix_units and architecture.startswith("sm_") else "ieee",
         "STRIDE_UNIT": stride_unit, "WIDE": wide,
     }  # fmt: skip
 
 
-def _float32_precision(architecture: str, head_dim: int, tf32: bool) -> str:
-    """How float32 products are made: to keep float32 accuracy, as three TF32 products where tensor cores do those."""
-    tensor_cores = architecture.startswith("sm_") and int(architecture[3:]) >= 80
-    if not tensor_cores or head_dim > 256:  # 512 columns of query do not fit the registers as TF32 operands
-        return "ieee"
-    return "tf32" if tf32 else "tf32x3"
-
-
-def _partial_sums(architecture: str) -> int:
-    """Columns of the matrix-unit layout that lie side by side in a row's threads."""
-    return 16 if table_architecture(architecture) == "gfx1100" else 8
+def _has_matrix_units(architecture: str, dtype: str, head_dim: int) -> bool:
+    """Whether the products go to tensor cores or their like; float32 does so there as three TF32 products."""
+    if table_architecture(architecture) in ("sm_75", "gfx1100"):  # Triton 3.7 has no path to Turing's
+        return table_architecture(architecture) == "gfx1100" and dtype != "float32"
+    # 512 columns of query do not fit the registers as TF32 operands.
+    return not (architecture.startswith("sm_") and dtype == "float32" and head_dim > 256)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:

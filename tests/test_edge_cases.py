@@ -62,6 +62,20 @@ def test_hidden_keys_cannot_leak(backend, kind, poison, plain):
         assert_same(everything(query, bad_key, bad_value, mask, backend=backend), clean)
 
 
+@pytest.mark.parametrize("kind", ["bool", "bias", "causal"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_bad_keys_do_not_reach_the_queries_they_are_hidden_from(backend, kind, poison):
+    query, key, value = qkv()
+    mask = torch.ones(70, 90, dtype=torch.bool).tril()
+    bias = torch.zeros(70, 90).masked_fill(~mask, -math.inf)
+    options = {"bool": {"attn_mask": mask}, "bias": {"attn_mask": bias}, "causal": {"is_causal": True}}[kind]
+    clean = everything(query, key, value, **options, backend=backend)
+    key[:, :, 50] = poison
+    bad = everything(query, key, value, **options, backend=backend)
+    assert_same([x[:, :, :50] for x in bad], [x[:, :, :50] for x in clean])
+    assert bad.out[:, :, 50:].isnan().any()
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_keys_after_the_last_query_cannot_leak(backend, poison):
     query, key, value = qkv(Nq=70, Nk=200)

@@ -21,8 +21,8 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
     Dv = value.shape[3]
     if B * H * Nq == 0:
         return out, lse, entropy
-    architecture = _architecture(query.device)
-    tile = tile_for(query, value)
+    architecture, dtype = _architecture(query.device), _name(query.dtype)
+    tile = tiles.find_tile(architecture, dtype, max(D, Dv))
     mask_kind, mask_strides = "none", (0, 0, 0, 0)
     if attn_mask is not None:
         mask_kind, mask_strides = "bool" if attn_mask.dtype == torch.bool else "bias", attn_mask.stride()
@@ -38,7 +38,7 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
     farthest = max(tile.block_m, tile.block_n) * max(*strides[2::3], *mask_strides[2:])
     constants = tiles.constexprs(
-        architecture, D, Dv, tile,
+        architecture, dtype, D, Dv, tile,
         is_causal=is_causal, mask=mask_kind, mask_rows=mask_strides[2] != 0 and Nq > 1,
         tf32=torch.backends.cuda.matmul.fp32_precision == "tf32", stride_unit=unit, wide=farthest >= 2**31,
     )  # fmt: skip
@@ -55,8 +55,11 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
 
 def tile_for(query: torch.Tensor, value: torch.Tensor) -> tiles.Tile:
     """The tile of the table for these tensors on their device."""
-    dtype = str(query.dtype).removeprefix("torch.")
-    return tiles.find_tile(_architecture(query.device), dtype, max(query.shape[3], value.shape[3]))
+    return tiles.find_tile(_architecture(query.device), _name(query.dtype), max(query.shape[3], value.shape[3]))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _architecture(device: torch.device) -> str:

@@ -1,0 +1,30 @@
+"""Offsets past 2^31 elements, in the interpreter: views into buffers of which only what is touched takes memory."""
+
+import pytest
+import torch
+
+from entropy_attn import attention
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel runs there, in test_gpu.py")
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((2, 1, 70, 16), (2**31 + 8, 16, 16, 1)),
+        ((1, 2, 70, 16), (0, 2**31 + 8, 16, 1)),
+        ((1, 1, 140, 16), (0, 16, 2**31 // 128, 1)),
+        ((1, 1, 140, 16), (0, 16, 2**31 // 128 + 1, 1)),
+    ],
+    ids=["batch", "heads", "rows", "odd rows"],
+)
+def test_offsets_past_2_31(shape, strides):
+    packed = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    assert elements > 2**31
+    view = torch.empty(elements, dtype=torch.float16).as_strided(shape, strides)
+    view.copy_(packed)
+    got = attention(view, view, view, return_entropy=True, backend="triton")
+    expected = attention(packed, packed, packed, return_entropy=True, backend="triton")
+    assert torch.equal(got.out, expected.out)
+    assert torch.equal(got.entropy, expected.entropy)
