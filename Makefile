@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-gpu lint clean
+.PHONY: demo test test-slow test-gpu bench lint clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/photo.py --out demo.png
@@ -16,6 +16,9 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
+
+bench: $(READY)
+	$(BIN)/python benchmarks/cpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

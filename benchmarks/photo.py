@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+# Threads that spin while they wait bring CPU attention to a crawl as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
 
 import torch
 
@@ -91,7 +95,10 @@ class Layer:
         return [(x @ weight).view(1, -1, HEADS, HEAD_DIM).to(self.device) for weight in weights]
 
 
-def measure(photo: Image.Image, sizes: list[tuple[int, int]], trained: tuple[int, int], device: str) -> list[Row]:
+def measure(
+    photo: Image.Image, sizes: list[tuple[int, int]], trained: tuple[int, int], device: str
+) -> tuple[list[Row], entropy_attn.Explanation]:
+    """A row for each size, and how `attention` ran the last one."""
     layer = Layer(patches(photo, *trained), device)
     T = trained[0] // PATCH * (trained[1] // PATCH)
     rows = []
@@ -104,8 +111,7 @@ def measure(photo: Image.Image, sizes: list[tuple[int, int]], trained: tuple[int
         ]
         multiplier = entropy_attn.entropy_scale(N, T, HEAD_DIM) * math.sqrt(HEAD_DIM)
         rows.append(Row(width, height, N, multiplier, *both))
-    print(entropy_attn.explain(*qkv, layout="bnhd", return_entropy=True, train_tokens=T))
-    return rows
+    return rows, entropy_attn.explain(*qkv, layout="bnhd", return_entropy=True, train_tokens=T)
 
 
 class Fit(NamedTuple):
@@ -128,18 +134,24 @@ def fit(rows: list[Row], means: list[float]) -> Fit:
 def report(rows: list[Row], trained: tuple[int, int]) -> tuple[Fit, Fit]:
     """Print the table, the two fits, and what λ did."""
     original, adapted = means(rows)
-    at_T = next(e for row, e in zip(rows, original, strict=True) if (row.width, row.height) == trained)
-    print(f"\n{'size':>9} {'N':>6} {'λ/λ0':>7} {'entropy':>9} {'with λ':>9} {'off T':>9} {'with λ':>9}   (nats)")
+    at_T = original[rows.index(at_size(rows, trained))]
+    print(f"\n{'':>25}  {'entropy (nats)':^19}  {'minus that at T':^19}")
+    print(f"{'size':>9} {'N':>6} {'λ/λ0':>8}  {'original':>9} {'λ':>9}  {'original':>9} {'λ':>9}")
     for row, e0, e1 in zip(rows, original, adapted, strict=True):
         size = f"{row.width}x{row.height}"
-        print(
-            f"{size:>9} {row.N:>6} {row.multiplier:>7.4f} {e0:>9.4f} {e1:>9.4f} {e0 - at_T:>+9.4f} {e1 - at_T:>+9.4f}"
-        )
+        entropies = f"{e0:>9.4f} {e1:>9.4f}  {e0 - at_T:>+9.4f} {e1 - at_T:>+9.4f}"
+        print(f"{size:>9} {row.N:>6} {row.multiplier:>8.4f}  {entropies}")
     fits = fit(rows, original), fit(rows, adapted)
     print(f"\nentropy, original = {fits[0]}\nentropy, with λ   = {fits[1]}")
-    before, after = (sum(abs(e - at_T) for e in series) for series in (original, adapted))
-    print(f"λ changes the mean distance from the entropy at T by {100 * (after / before - 1):+.1f} %")
+    before, after = (sum(abs(e - at_T) for e in series) / (len(rows) - 1) for series in (original, adapted))
+    verb = "reduced" if after < before else "increased"
+    share = 100 * abs(after / before - 1)
+    print(f"λ {verb} the mean distance from the entropy at T by {share:.1f} %: {before:.4f} to {after:.4f} nats")
     return fits
+
+
+def at_size(rows: list[Row], size: tuple[int, int]) -> Row:
+    return next(row for row in rows if (row.width, row.height) == size)
 
 
 def means(rows: list[Row]) -> tuple[list[float], list[float]]:
@@ -148,28 +160,30 @@ def means(rows: list[Row]) -> tuple[list[float], list[float]]:
 
 def draw(rows: list[Row], fits: tuple[Fit, Fit], photo: Image.Image, trained: tuple[int, int], path: Path) -> None:
     """Entropy against ln N with its fits, and maps of it over the image at the smallest, trained and largest size."""
-    figure = plt.figure(figsize=(15, 5.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.55))
+    figure = plt.figure(figsize=(16, 5.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.85))
     draw_fits(left.subplots(), rows, fits, trained)
     by_size = sorted(rows, key=lambda row: row.N)
-    shown = [by_size[0], next(row for row in rows if (row.width, row.height) == trained), by_size[-1]]
-    draw_maps(right, shown, photo)
-    figure.savefig(path, dpi=110)
+    ends = {row.N: row for row in (by_size[0], by_size[-1], at_size(rows, trained))}
+    shown = [ends[N] for N in sorted(ends)]
+    draw_maps(right, shown, photo, trained)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
 
 def draw_fits(axes, rows: list[Row], fits: tuple[Fit, Fit], trained: tuple[int, int]) -> None:
     line = np.array([min(row.N for row in rows) / 1.15, max(row.N for row in rows) * 1.15])
-    names = ("original 1/√d", "λ = √(log_T N / d)")
+    names = ("original, 1/√d", "λ = √(log$_T$ N / d)")
     for colour, name, series, f in zip(("tab:red", "tab:blue"), names, means(rows), fits, strict=True):
         for square, marker in ((True, "o"), (False, "D")):
             chosen = [(r.N, e) for r, e in zip(rows, series, strict=True) if (r.width == r.height) == square]
             if chosen:
-                axes.plot(*zip(*chosen, strict=True), marker, color=colour, ms=7, alpha=0.8)
+                axes.plot(*zip(*chosen, strict=True), marker, mfc=colour if square else "white", mec=colour, ms=7)
         label = f"{name}: slope {f.slope:.3f}, R² {f.r2:.4f}"
-        axes.plot(line, f.slope * np.log(line) + f.intercept, color=colour, label=label)
-    T = next(row.N for row in rows if (row.width, row.height) == trained)
-    axes.axvline(T, color="grey", ls=":", label=f"T = {T} tokens (trained size)")
+        axes.plot(line, f.slope * np.log(line) + f.intercept, color=colour, zorder=1, label=label)
+    axes.axvline(at_size(rows, trained).N, color="grey", ls=":", label=f"T = {at_size(rows, trained).N}, trained size")
+    for marker, fill, label in (("o", "grey", "square"), ("D", "white", "not square")):
+        axes.plot([], [], marker, mfc=fill, mec="grey", label=label)
     axes.set_xscale("log")
     ticks: list[int] = []
     for N in sorted({row.N for row in rows}):  # without those whose labels would overlap
@@ -177,28 +191,36 @@ def draw_fits(axes, rows: list[Row], fits: tuple[Fit, Fit], trained: tuple[int, 
             ticks.append(N)
     axes.set_xticks(ticks, [str(n) for n in ticks], rotation=45)
     axes.minorticks_off()
-    axes.set(xlabel="tokens N (diamonds: not square)", ylabel="mean attention entropy (nats)")
-    axes.set_title("Entropy grows with ln N; λ works against it")
-    axes.legend(loc="upper left", fontsize=9)
+    axes.margins(y=0.08)
+    axes.set(xlabel="tokens N (log scale)", ylabel="mean attention entropy (nats)")
+    axes.set_title("Attention entropy against ln N")
+    axes.legend(loc="best", fontsize=9)
     axes.grid(alpha=0.3)
 
 
-def draw_maps(figure, shown: list[Row], photo: Image.Image) -> None:
-    grid = figure.subplots(2, len(shown) + 1)
-    maps = [e.mean(0).view(r.height // PATCH, -1) for r in shown for e in (r.original, r.adapted)]
-    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-    grid[0, 0].imshow(ImageOps.fit(photo, (shown[1].width, shown[1].height), Image.Resampling.LANCZOS))
-    grid[0, 0].set_title("the photograph")
-    grid[1, 0].set_visible(False)
-    for column, row in enumerate(shown, 1):
-        for axes, name, entropy in zip(grid[:, column], ("original", "λ"), (row.original, row.adapted), strict=True):
-            image = entropy.mean(0).view(row.height // PATCH, -1)
-            drawn = axes.imshow(image, vmin=low, vmax=high, cmap="viridis")
-            axes.set_title(f"{row.width}x{row.height}, {name}: {image.mean():.2f}", fontsize=10)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    figure.colorbar(drawn, ax=grid[:, 1:], label="entropy of the token's attention, mean of heads (nats)", shrink=0.9)
+def draw_maps(figure, shown: list[Row], photo: Image.Image, trained: tuple[int, int]) -> None:
+    """The photograph, then a column for each size: entropy with the original scale above, with λ below."""
+    names = ("original", "λ")
+    grid = figure.subplot_mosaic([["photo", *(f"{name} {row.N}" for row in shown)] for name in names])
+    maps = {
+        f"{name} {row.N}": e.mean(0).view(row.height // PATCH, -1)
+        for row in shown
+        for name, e in zip(names, (row.original, row.adapted), strict=True)
+    }
+    low, high = np.quantile(torch.cat([m.flatten() for m in maps.values()]).numpy(), (0.005, 0.995))
+    for name, entropy in maps.items():
+        drawn = grid[name].imshow(entropy, vmin=low, vmax=high, cmap="viridis")
+        grid[name].set_xlabel(f"mean {entropy.mean():.2f} nats")
+    for row in shown:
+        grid[f"original {row.N}"].set_title(f"{row.width}x{row.height}, N = {row.N}")
+    for name, label in zip(names, ("original, 1/√d", "λ = √(log$_T$ N / d)"), strict=True):
+        grid[f"{name} {shown[0].N}"].set_ylabel(label)
+    grid["photo"].imshow(ImageOps.fit(photo, trained, Image.Resampling.LANCZOS))
+    grid["photo"].set_title("the photograph")
+    for axes in grid.values():
+        axes.set(xticks=[], yticks=[])
+    label = "entropy of a token's attention, mean of heads (nats)"
+    figure.colorbar(drawn, ax=[grid[name] for name in maps], label=label, extend="both", shrink=0.9)
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
@@ -221,6 +243,10 @@ def main() -> None:
     parser.add_argument("--train-size", type=parse_sizes, default="512x512", help="the size T belongs to")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
     arguments = parser.parse_args()
+    if len(arguments.train_size) > 1:
+        parser.error("--train-size: one size, WIDTHxHEIGHT")
+    if not arguments.out.absolute().parent.is_dir():
+        parser.error(f"--out: no folder {arguments.out.absolute().parent}")
     trained = arguments.train_size[0]
     sizes = list(dict.fromkeys([*arguments.sizes, trained]))
     if len(sizes) < 3:
@@ -232,8 +258,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()
     with torch.inference_mode():
-        rows = measure(photo, sizes, trained, device)
+        rows, explanation = measure(photo, sizes, trained, device)
     fits = report(rows, trained)
+    print(f"\n{explanation}")
     draw(rows, fits, photo, trained, arguments.out)
     print(f"{time.perf_counter() - started:.1f} s on {device}; wrote {arguments.out}")
 

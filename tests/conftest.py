@@ -2,6 +2,9 @@
 
 import os
 
+# Threads that spin while they wait bring CPU attention to a crawl as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+
 import numpy as np
 import pytest
 import torch

@@ -92,22 +92,22 @@ def test_wheel_holds_the_package_only(tmp_path):
     assert any(name.endswith("LICENSE") for name in info)
 
 
-def test_memory_of_the_cpu_backend_is_linear(tmp_path):
+@pytest.mark.parametrize("mask", ["None", "torch.rand(2, 1, 1, N) > 0.5"], ids=["", "mask"])
+def test_memory_of_the_cpu_backend_is_linear(tmp_path, mask):
     pytest.importorskip("resource")
-    code = """
-import resource, sys, torch, entropy_attn
+    N = 24_000  # the scores alone would be 4.6 GB, an expanded mask 1.2 GB
+    code = f"""
+import resource, torch, entropy_attn
 torch.set_num_threads(1)
-x = torch.randn(1, 1, int(sys.argv[1]), 16)
+N = {N}
+x, mask = torch.randn(2, 1, N, 8), {mask}
+x[:, :, 3] = float("nan") if mask is not None else 0
+if mask is not None:
+    mask[..., 3] = False
 entropy_attn.attention(x[:, :, :64], x[:, :, :64], x[:, :, :64], return_entropy=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-entropy_attn.attention(x, x, x, return_entropy=True, return_lse=True)
+entropy_attn.attention(x[:, :, :2000], x, x, mask, return_entropy=True, return_lse=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    script = tmp_path / "memory.py"
-    script.write_text(code)
-    N = 24_000  # the scores alone would be 2.3 GB
-    done = subprocess.run(
-        [sys.executable, str(script), str(N)], capture_output=True, text=True, check=True, timeout=300
-    )
-    kilobytes = int(done.stdout)
-    assert kilobytes < 12 * N * 16 * 4 / 1024 + 16 * 1024
+    kilobytes = int(python(code, tmp_path))
+    assert kilobytes < 12 * 2 * N * 8 * 4 / 1024 + 16 * 1024

@@ -49,8 +49,10 @@ def _without_hidden(value, attn_mask, H, Nq):
     if attn_mask is None:  # causal
         seen = torch.arange(Nk, device=value.device) < Nq
     else:
-        seen = ~_hidden(attn_mask).all(dim=-2)  # (B, H, Nk)
-        seen = seen.view(B, Hkv, H // Hkv, Nk).any(dim=2)
+        # Along the axes it was expanded over, once is enough.
+        compact = attn_mask[tuple(slice(1 if stride == 0 else None) for stride in attn_mask.stride())]
+        seen = (~_hidden(compact)).any(dim=-2).expand(B, H, Nk)
+        seen = seen.unflatten(1, (Hkv, H // Hkv)).any(dim=2)
     return value.masked_fill(~seen.unsqueeze(-1), 0.0)
 
 
@@ -91,7 +93,7 @@ def _blockwise(query, key, value, attn_mask, scale, is_causal, return_lse, retur
     for group in _groups(query, key, value, scale, together, compute):
         g = group.query.shape[0]
         bounded = (attn_mask is None or attn_mask.dtype == torch.bool) and _is_bounded(group)
-        mask = None if attn_mask is None else attn_mask[group.batch, group.heads].flatten(0, 1)
+        mask = None if attn_mask is None else attn_mask[group.batch, group.heads]
         peak = group.query.new_full((g, Nq), 0.0 if bounded else LOWEST)
         total, centred = group.query.new_zeros((2, g, Nq))
         keys = [(j, group.key[..., j : j + n], group.value[:, j : j + n]) for j in range(0, Nk, n)]
@@ -102,7 +104,7 @@ def _blockwise(query, key, value, attn_mask, scale, is_causal, return_lse, retur
             for first, k, v in keys:
                 if is_causal and first >= rows.stop:
                     break
-                block_mask = None if mask is None else mask[:, rows, first : first + n]
+                block_mask = None if mask is None else mask[:, :, rows, first : first + n].flatten(0, 1)
                 if is_causal and first + n > start + 1:
                     block_mask = k.new_ones((q.shape[1], k.shape[2]), dtype=torch.bool).tril(start - first)
                 _attend(state, q, k, v, block_mask, bounded, scratch)
@@ -154,7 +156,7 @@ def _is_bounded(group: _Group) -> bool:
     """Whether no logit of the group can exceed LOGIT_BOUND: |q·k| <= |q| |k|."""
     if group.key.shape[2] == 0:
         return True
-    longest = group.query.square().sum(dim=2).amax(dim=1) * group.key.square().sum(dim=1).amax(dim=1)
+    longest = (group.query * group.query).sum(2).amax(1) * (group.key * group.key).sum(1).amax(1)
     return bool((longest <= LOGIT_BOUND**2).all())
 
 
