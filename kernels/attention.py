@@ -98,7 +98,7 @@ def attend(
         if MASK_ROWS:
             s = tl.where(mask == 0.0, s, float("-inf"))
         elif CAUSAL and EDGE:
-            s = tl.where(key_index[None, :] <= query_index[:, None], s, float("-inf"))
+            s = tl.where(key_valid[None, :] & (key_index[None, :] <= query_index[:, None]), s, float("-inf"))
         elif HIDES:  # the same keys from every query: K is 0 there, and adding -inf hides it
             s += (mask if MASK != "none" else tl.where(key_valid, 0.0, float("-inf")))[None, :]
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
