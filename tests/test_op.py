@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.exc
 import torch._dynamo.testing
 
 from entropy_attn import attention, entropy_scale
@@ -135,3 +136,19 @@ def test_export(strict):
         inputs = qkv(N)
         for got, expected in zip(program.module()(*inputs), Layer()(*inputs), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_a_float_scale_is_what_the_operator_avoids():
+    # What the README says of SDPA with a float scale: compiled anew for each value, and an error at the ninth.
+    def layer(query, key, value, scale):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    fast, counter = compiled(layer)
+
+    def all_resolutions():
+        for N in sorted(set(TOKENS)):
+            fast(*qkv(N), entropy_scale(N, 1024, 16))
+
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        all_resolutions()
+    assert counter.frame_count >= 8
