@@ -150,11 +150,13 @@ def constexprs(
     D1, D2 = split_head_dim(head_dim)
     E1, E2 = split_head_dim(value_dim)
     matrix_units = _has_matrix_units(architecture, dtype, max(head_dim, value_dim))
-    # Without matrix units a row has no such columns; adding across threads instead differs from thread to thread.
+    # A row's columns lie side by side in its threads with matrix units, unless a full mask brings its own layout.
+    # Elsewhere each column is added up by itself: sums across threads could differ from thread to thread.
     columns = 16 if table_architecture(architecture) == "gfx1100" else 8
+    partials = columns if matrix_units and not mask_rows else tile.block_n
     return {
         "D": head_dim, "D1": D1, "D2": D2, "E": value_dim, "E1": E1, "E2": E2,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTIALS": columns if matrix_units else tile.block_n,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTIALS": partials,
         "CAUSAL": is_causal, "MASK": mask, "MASK_ROWS": mask_rows,
         "PRECISION": ("tf32" if tf32 else "tf32x3") if matrix_units and architecture.startswith("sm_") else "ieee",
         "STRIDE_UNIT": stride_unit, "WIDE": wide,
