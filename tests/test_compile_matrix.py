@@ -107,3 +107,27 @@ def test_bad_tiles_of_the_user(tmp_path, monkeypatch, text):
     monkeypatch.setenv("ENTROPY_ATTN_TILES", str(path))
     with pytest.raises(ValueError, match=r"ENTROPY_ATTN_TILES=.*broken\.json cannot be read as a table of tiles"):
         tiles.find_tile("sm_80", "float16", 64)
+
+
+OPTIONS = """
+import itertools, sys
+from entropy_attn.kernels import aot
+masks = [("none", False), ("bool", False), ("bool", True), ("bias", False), ("bias", True)]
+for (mask, mask_rows), dtype in itertools.product(masks, ("float16", "float32")):
+    plain = mask == "none"
+    kernel = aot.compile_kernel(
+        sys.argv[1], dtype, 40, 24, entropy=True, lse=True, mask=mask, mask_rows=mask_rows,
+        is_causal=plain, tensor_scale=plain, wide=plain, stride_unit=1 if plain else 8,
+    )
+    assert aot.resources(kernel).shared <= aot.SHARED_MEMORY[sys.argv[1]], (mask, dtype)
+print("done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_options_compile(architecture):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", OPTIONS, architecture]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
