@@ -1,8 +1,8 @@
 """Which tile the kernel runs with: a table over architecture, dtype and head dim.
 
 The rows were chosen from binaries compiled ahead of time (Triton 3.7.1), by what the compiler makes of them: that they
-fit, that the main loop does not spill, and for sm_80 in 16-bit types by a throughput model of the machine code. None
-has been timed on a device yet. `spills` is the stack a thread may use in bytes, as the compiler reported it.
+fit, that they spill little, and for sm_80 in 16-bit types by a throughput model of the machine code. None has been
+timed on a device yet. `spills` is the stack a thread may use in bytes, as the compiler reported it.
 
 ENTROPY_ATTN_TILES names a JSON file whose entries go before the table: {"sm_80": {"float16": {"64": {"block_m": 128,
 "block_n": 64, "num_warps": 4, "num_stages": 2}}}}, with the largest head dim an entry serves as its key.

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from entropy_attn.kernels.tiles import HEAD_DIMS
+
 BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -53,7 +55,7 @@ def triton_obstacle(query: torch.Tensor, value: torch.Tensor) -> str | None:
     if query.dtype not in TRITON_DTYPES:
         return f"the Triton kernel takes float16, bfloat16 and float32, got query of {query.dtype}"
     for name, head_dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if not ((head_dim % 8 == 0 and 8 <= head_dim <= 256) or head_dim == 512):
+        if head_dim not in HEAD_DIMS:
             return f"the Triton kernel takes head dims 8, 16, 24 ... 256 and 512, got {name} with head dim {head_dim}"
     if query.device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(query.device)
