@@ -1,0 +1,100 @@
+"""Calibration: the mean entropy H_T of every self-attention layer of a model at the size it was trained at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+FORMAT = "entropy_attn.calibration/1"
+WEIGHT_TOLERANCE = 2e-3  # relative: a model keeps its identity in half precision
+
+
+@dataclass(frozen=True)
+class ModelCalibration:
+    """The H_T of one model's layers by name, in nats, and what the model is known by."""
+
+    model: str
+    config: str  # a hash
+    weight: float | None  # the norm of its first parameter; None if that was offloaded
+    train_grid: tuple[int, ...]
+    entropy: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Mean entropies measured by `calibrate`, to enable the model with at other sizes."""
+
+    models: tuple[ModelCalibration, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a JSON file."""
+        models = [asdict(model) for model in self.models]
+        Path(path).write_text(json.dumps({"format": FORMAT, "unit": "nats", "models": models}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, pipe_or_model=None) -> Calibration:
+        """Read it from a JSON file, and check that it is of `pipe_or_model` if that is given.
+
+        Raises:
+            ValueError: the file is not a calibration, or one of another model.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
+            calibration = cls(
+                tuple(
+                    ModelCalibration(
+                        str(m["model"]), str(m["config"]), None if m["weight"] is None else float(m["weight"]),
+                        tuple(int(n) for n in m["train_grid"]), {str(k): float(h) for k, h in m["entropy"].items()},
+                    )
+                    for m in content["models"]
+                )
+            )  # fmt: skip
+        except (KeyError, TypeError, AttributeError, ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a calibration that calibrate() made: {error}") from error
+        if pipe_or_model is not None:
+            from entropy_attn.diffusers.models import find_denoisers
+
+            for model in find_denoisers(pipe_or_model).values():
+                calibration.of(model)
+        return calibration
+
+    def of(self, model: torch.nn.Module) -> ModelCalibration:
+        """The part that is of this model. Raises ValueError if there is none."""
+        kind, config, weight = type(model).__name__, _config_hash(model), _weight(model)
+        reasons = []
+        for mine in self.models:
+            if mine.model != kind:
+                reasons.append(f"it is of a {mine.model}")
+            elif mine.config != config:
+                reasons.append(f"it is of a {kind} with another config")
+            elif None not in (weight, mine.weight) and abs(weight - mine.weight) > WEIGHT_TOLERANCE * abs(mine.weight):
+                reasons.append(f"it is of a {kind} with other weights")
+            else:
+                return mine
+        raise ValueError(
+            f"calibration is not of this {kind}: {'; '.join(reasons) or 'it is empty'}. Make one with calibrate()"
+        )
+
+
+def of_model(model: torch.nn.Module, train_grid: tuple[int, ...], entropy: Mapping[str, float]) -> ModelCalibration:
+    return ModelCalibration(type(model).__name__, _config_hash(model), _weight(model), train_grid, entropy)
+
+
+def _config_hash(model: torch.nn.Module) -> str:
+    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weight(model: torch.nn.Module) -> float | None:
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type == "meta" or not parameter.is_floating_point():
+        return None
+    return float(parameter.detach().double().norm())
+

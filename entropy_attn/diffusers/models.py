@@ -1,0 +1,191 @@
+"""What the adapter has to know of Diffusers' models: denoisers, their self-attention, and the size they were trained at."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from entropy_attn.diffusers.tokens import Grid, count
+
+DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
+# Inputs that come as a sequence of 2 x 2 patches, and models without a size in their config: the latent they are for.
+PACKED = {"FluxTransformer2DModel": 128, "ChromaTransformer2DModel": 128, "QwenImageTransformer2DModel": 128}
+PACKED_STRIDE = 2
+# Halvings of the latent that a UNet may have.
+UNET_STRIDES = tuple((2**level, 2**level) for level in range(6))
+# Parts of the names of modules that attend to text or to time, not to an image.
+NOT_IMAGE = ("context_refiner", "token_refiner", "text_", "motion_modules", "temporal", "time_")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read the size and the timestep off a call of a model, and what its layers make of the size."""
+
+    sample_name: str
+    sample_position: int
+    timestep_position: int | None
+    axes: tuple[int, ...]  # of the sample, that its tokens lie along
+    strides: tuple[Grid, ...]  # samples a token, along each axis; a UNet's layers have several
+    train_latent: Grid
+    train_grid: Grid  # the latent, or the tokens that it is packed to
+
+    def grid(self, args: tuple, kwargs: dict) -> Grid:
+        sample = kwargs[self.sample_name] if self.sample_name in kwargs else args[self.sample_position]
+        return tuple([sample.shape[axis] for axis in self.axes])
+
+    def timestep(self, args: tuple, kwargs: dict) -> Any:
+        return kwargs["timestep"] if "timestep" in kwargs else args[self.timestep_position]
+
+
+def find_denoisers(pipe_or_model) -> dict[str, torch.nn.Module]:
+    """The models of a pipeline that denoise, by component; a bare model is its own, without a name."""
+    if isinstance(pipe_or_model, torch.nn.Module):
+        return {"": _uncompiled(pipe_or_model)}
+    components = getattr(pipe_or_model, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"pipe_or_model must be a Diffusers pipeline or a model, got {type(pipe_or_model).__name__}")
+    found: dict[str, torch.nn.Module] = {}
+    for name in DENOISERS:
+        model = components.get(name)
+        if isinstance(model, torch.nn.Module):
+            nets = getattr(model, "nets", None)  # several ControlNets in one
+            parts = {name: model} if nets is None else {f"{name}.{i}": net for i, net in enumerate(nets)}
+            found.update({part: _uncompiled(net) for part, net in parts.items()})
+    if not found:
+        raise ValueError(
+            f"{type(pipe_or_model).__name__} has no denoiser: none of its components is one of {', '.join(DENOISERS)}; "
+            "pass the model itself"
+        )
+    return found
+
+
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def find_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
+    """The self- and joint-attention modules of a model by name, and of the others why they are left alone."""
+    layers, skipped = {}, {}
+    for name, module in model.named_modules():
+        if not (hasattr(module, "to_q") or hasattr(module, "to_qkv")):
+            continue
+        reason = _why_not(name, module)
+        if reason is None:
+            layers[name] = module
+        else:
+            skipped[name] = reason
+    return layers, skipped
+
+
+def _why_not(name: str, module: torch.nn.Module) -> str | None:
+    if getattr(module, "is_cross_attention", False):
+        return "cross-attention"
+    if "Linear" in type(getattr(module, "processor", None)).__name__ + type(module).__name__:
+        return "linear attention, which has no softmax"
+    if any(part in name for part in NOT_IMAGE):
+        return "not over an image"
+    return None if hasattr(module, "processor") else "no attention processor"
+
+
+def read_model(name: str, model: torch.nn.Module, pipeline, train_size) -> Reading:
+    """How to read a model's calls, with the size it was trained at.
+
+    `train_size` is in pixels for a pipeline, in latent samples for a bare model; None takes the model's own.
+    """
+    if getattr(model, "_parallel_config", None) is not None:
+        raise ValueError(f"{type(model).__name__} runs in parallel over its tokens: disable that first")
+    parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+    sample_name = next((n for n in ("sample", "hidden_states") if n in parameters), None)
+    kind = type(model).__name__
+    if sample_name is None:
+        raise ValueError(f"{kind} is not supported: its forward takes neither sample nor hidden_states")
+    axes, strides, stride = _layout(model, kind, sample_name)
+    default = None if train_size is not None else _config_size(model, kind, pipeline)
+    if train_size is None and default is None:
+        raise ValueError(_no_train_size(kind, len(axes), pipeline))
+    latent = default if train_size is None else _latent_size(train_size, stride, pipeline)
+    _check_latent(kind, model, latent, stride)
+    train_grid = (count(latent, stride),) if axes == (1,) else latent
+    return Reading(
+        sample_name, parameters.index(sample_name),
+        parameters.index("timestep") if "timestep" in parameters else None, axes, strides, latent, train_grid,
+    )  # fmt: skip
+
+
+def _layout(model, kind: str, sample_name: str) -> tuple[tuple[int, ...], tuple[Grid, ...], Grid]:
+    """The axes of the sample that tokens lie along, the strides of its layers, and that of one token of the latent."""
+    if sample_name == "sample":
+        return (-2, -1), UNET_STRIDES, (1, 1)
+    if kind in PACKED:
+        return (1,), ((1,),), (PACKED_STRIDE, PACKED_STRIDE)
+    patch = getattr(model.config, "patch_size", None)
+    if isinstance(patch, (tuple, list)) and len(patch) == 3:
+        return (-3, -2, -1), (tuple(patch),), tuple(patch)
+    if isinstance(patch, int) and getattr(model.config, "sample_size", None) is not None:
+        return (-2, -1), ((patch, patch),), (patch, patch)
+    raise ValueError(
+        f"{kind} is not supported: its config has no sample_size and patch_size that tell how tokens come from the "
+        "latent; use entropy_attn.attention() or EntropyAttnProcessor in it"
+    )
+
+
+def _config_size(model, kind: str, pipeline) -> Grid | None:
+    """The latent size (height, width) that a model says it was trained at."""
+    size = PACKED.get(kind) or getattr(model.config, "sample_size", None)
+    if size is None and pipeline is not None and hasattr(pipeline, "unet"):  # a ControlNet has its UNet's
+        size = getattr(pipeline.unet.config, "sample_size", None)
+    if size is None or isinstance(size, int):
+        return None if size is None else (size, size)
+    return tuple(size)
+
+
+def _no_train_size(kind: str, axes: int, pipeline) -> str:
+    if axes == 3:
+        return f"{kind} makes videos, whose training size its config does not say: pass train_size=(frames, height, width)"
+    return f"{kind} has no sample_size in its config: pass train_size, in {'latent samples' if pipeline is None else 'pixels'}"
+
+
+def _latent_size(train_size, stride: Grid, pipeline) -> Grid:
+    """`train_size` as latent samples."""
+    size = (train_size, train_size) if isinstance(train_size, int) and len(stride) == 2 else train_size
+    wanted = "an int or (height, width)" if len(stride) == 2 else "(frames, height, width)"
+    if not isinstance(size, (tuple, list)) or not all(isinstance(n, int) and not isinstance(n, bool) for n in size):
+        raise TypeError(f"train_size must be {wanted}, got {train_size!r}")
+    if len(size) != len(stride) or min(size) < 1:
+        raise ValueError(f"train_size must be {wanted}, of positive numbers, got {train_size!r}")
+    if pipeline is None:
+        return tuple(size)
+    factor = pixels_per_sample(pipeline)
+    if any(n % factor for n in size[-2:]):
+        raise ValueError(
+            f"train_size must be in pixels, a multiple of {factor}, what {type(pipeline).__name__} makes of one latent "
+            f"sample; got {train_size!r}"
+        )
+    height, width = (n // factor for n in size[-2:])
+    if len(size) == 2:
+        return height, width
+    return (size[0] - 1) // getattr(pipeline, "vae_scale_factor_temporal", 1) + 1, height, width
+
+
+def pixels_per_sample(pipeline) -> int:
+    """Pixels along an edge of one latent sample: 1 for a pipeline without a VAE."""
+    for name in ("vae_scale_factor", "vae_scale_factor_spatial"):
+        if hasattr(pipeline, name):
+            return getattr(pipeline, name)
+    return 1
+
+
+def _check_latent(kind: str, model, latent: Grid, stride: Grid) -> None:
+    if any(n % step for n, step in zip(latent, stride, strict=True)):
+        raise ValueError(f"train_size contradicts {kind}: a latent of {latent} does not divide into its patches {stride}")
+    most = getattr(model.config, "pos_embed_max_size", None)
+    if most is not None and max(latent) > most * stride[-1]:
+        raise ValueError(
+            f"train_size contradicts {kind}: a latent of {latent} is beyond its {most} x {most} positions "
+            f"of {stride[-1]} x {stride[-1]} samples"
+        )
+    if count(latent, stride) < 2:
+        raise ValueError(f"train_size must give at least 2 tokens, got {count(latent, stride)} from a latent of {latent}")

@@ -1,0 +1,168 @@
+"""The entropy of a pipeline's self-attention, as running means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_attn.diffusers.clock import Moment
+
+KEYS = ("run", "label", "layer", "step", "half", "head")
+
+
+class EntropyTable(list):
+    """Rows as dicts; printed, a table of aligned columns."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no entropy recorded"
+        columns = list(self[0])
+        cells = [columns] + [[_cell(row[name]) for name in columns] for row in self]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+class _Mean:
+    """The running mean of a layer's entropy (H,) over rows, samples and repeated calls, kept on its device."""
+
+    def __init__(self, seen: Any):
+        self.seen = seen
+        self.total: torch.Tensor | None = None
+        self.calls = 0
+
+    def add(self, entropy: torch.Tensor) -> None:
+        self.total = entropy if self.total is None else self.total + entropy
+        self.calls += 1
+
+    def heads(self) -> list[float]:
+        return (self.total / self.calls).tolist()
+
+
+class EntropyRecord:
+    """Mean attention entropy, in nats, for each run, layer, denoising step, half of the batch and head.
+
+    No attention maps and no entropies of single rows are kept. With classifier-free guidance the halves of the batch
+    are the predictions without and with the prompt, in the pipeline's order; where a pipeline calls its denoiser once
+    for each, the first call is half 0 and the second half 1. A batch of odd size is not halved.
+
+    One record can be given to several `enable` calls, so that their runs can be compared.
+    """
+
+    def __init__(self):
+        self._labels: list[str] = []  # of sessions, one for each `enable`
+        self._runs: dict[tuple[int, int], int] = {}  # (session, its run) -> run
+        self._means: dict[tuple[int, str, int, int], _Mean] = {}  # (run, layer, step, half)
+        self._sessions: list[int] = []  # of runs
+
+    def open_session(self, label: str) -> int:
+        """Take note that runs under `label` will follow; returns the number to add them with."""
+        self._labels.append(label)
+        return len(self._labels) - 1
+
+    def add(self, session: int, layer: str, moment: Moment, seen: Any, entropy: torch.Tensor) -> None:
+        """Fold in the entropy (B, H, Nq) that `layer` had at `moment`."""
+        key = (session, moment.run)
+        if key not in self._runs:
+            self._runs[key] = len(self._sessions)
+            self._sessions.append(session)
+        B, H, Nq = entropy.shape
+        halves = 2 if B % 2 == 0 else 1
+        means = entropy.reshape(halves, B // halves, H, Nq).mean(dim=(1, 3))
+        for half, mean in enumerate(means.unbind()):
+            place = (self._runs[key], layer, moment.step, moment.turn * halves + half)
+            self._means.setdefault(place, _Mean(seen)).add(mean)
+
+    def __len__(self) -> int:
+        """The number of runs."""
+        return len(self._sessions)
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        self._runs, self._means, self._sessions = {}, {}, []
+
+    def table(self, by: Iterable[str] = ("run", "label", "layer")) -> EntropyTable:
+        """Mean entropies, a row for each combination of `by`: of "run", "label", "layer", "step", "half", "head".
+
+        Returns:
+            A list of dicts that prints as a table. A row has the keys of `by`; `tokens` and `train_tokens`, N and T (None
+            where they differ in the row, or where the layer does not attend to the image); the mean `multiplier` of
+            the trained scale; and the mean `entropy` in nats.
+        """
+        by = tuple(by)
+        unknown = set(by) - set(KEYS)
+        if unknown:
+            raise ValueError(f"by must be of {', '.join(KEYS)}, got {', '.join(sorted(unknown))}")
+        groups: dict[tuple, list[dict]] = {}
+        for entry in self._entries(by_head="head" in by):
+            groups.setdefault(tuple(entry[name] for name in by), []).append(entry)
+        return EntropyTable(
+            {
+                **dict(zip(by, key, strict=True)),
+                "tokens": _common(e["tokens"] for e in entries),
+                "train_tokens": _common(e["train_tokens"] for e in entries),
+                "multiplier": _mean(e["multiplier"] for e in entries),
+                "entropy": _mean(e["entropy"] for e in entries),
+            }
+            for key, entries in groups.items()
+        )
+
+    def _entries(self, by_head: bool) -> Iterable[dict]:
+        for (run, layer, step, half), mean in self._means.items():
+            seen = mean.seen
+            entry = {
+                "run": run,
+                "label": self._labels[self._sessions[run]],
+                "layer": layer,
+                "step": step,
+                "half": half,
+                "tokens": seen.tokens.num_tokens if seen.tokens else seen.keys,
+                "train_tokens": seen.tokens.train_tokens if seen.tokens else None,
+                "multiplier": float(seen.multiplier),
+            }
+            heads = mean.heads()
+            if by_head:
+                yield from ({**entry, "head": head, "entropy": entropy} for head, entropy in enumerate(heads))
+            else:
+                yield {**entry, "entropy": sum(heads) / len(heads)}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """All that was recorded, as JSON: a list of entries with the keys of `table`. Also written to `path` if given."""
+        entries = list(self._entries(by_head=True))
+        text = json.dumps({"format": "entropy_attn.entropy/1", "unit": "nats", "entries": entries}, indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    def plot(self, path: str | Path | None = None):
+        """Draw the paper's Fig. 5 (entropy against ln N, with its fit) and Fig. 6 (entropy of each layer).
+
+        Needs matplotlib. Each run is a point of the first picture, so it takes runs at two sizes or more for a fit; runs
+        with and without λ are those of `enable(..., exponent=0)` and of `enable(...)` with one record.
+
+        Returns:
+            The matplotlib figure, also saved to `path` if given.
+        """
+        from entropy_attn.diffusers import plots
+
+        return plots.draw(self.table(), path)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _common(values: Iterable) -> Any:
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
