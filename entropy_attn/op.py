@@ -29,10 +29,11 @@ def resolve_scale(query, key, scale, train_tokens, train_entropy, num_tokens) ->
     return 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
 
 
-def _attention(
+def forward(
     query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
     is_causal, return_lse, return_entropy, backend,
 ):  # fmt: skip
+    """What the operator does, on arguments that `attention` has checked."""
     B, H, Nq, _ = query.shape
     if scale_tensor is None:
         scale = resolve_scale(query, key, scale, train_tokens, train_entropy, num_tokens)
@@ -40,11 +41,11 @@ def _attention(
         scale = scale_tensor[:, None].expand(B, H) if scale_tensor.dim() == 1 else scale_tensor.expand(B, H)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(B, H, Nq, key.shape[2])
-    forward = load(choose(query, value, backend).name)
-    return forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy)
+    run = load(choose(query, value, backend).name)
+    return run(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy)
 
 
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attention", forward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("entropy_attn::attention", lib=_library)

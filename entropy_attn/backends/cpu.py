@@ -6,6 +6,7 @@ its memory is linear in the number of tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ ROWS, KEYS = 512, 256
 # Logits known to stay within this need no running maximum: exp() is far from overflow and underflow, and
 # ln l - t/l loses at most LOGIT_BOUND * 2^-23 = 4e-6 nats to cancellation.
 LOGIT_BOUND = 30.0
+# Up to this head dim PyTorch's kernel spends its time on exponentials, and takes a value of twice the width for little.
+FLASH_HEAD_DIM = 16
+FLASH_LSE_BOUND = 15.0
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -27,6 +31,9 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
     clean = not hides or bool(key.isfinite().all() and value.isfinite().all())
     if clean and key.shape[2] > 0 and not (return_lse or return_entropy or isinstance(scale, torch.Tensor)):
         return _sdpa(query, key, value, attn_mask, scale, is_causal)
+    result = None if hides else _flash(query, key, value, scale, return_lse, return_entropy)
+    if result is not None:
+        return result
     if not clean:
         value = _without_hidden(value, attn_mask, query.shape[1], query.shape[2])
     return _blockwise(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy)
@@ -41,6 +48,31 @@ def _sdpa(query, key, value, attn_mask, scale, is_causal):
     if result.stride() == out.stride():
         return result, lse, entropy
     return out.copy_(result), lse, entropy
+
+
+def _flash(query, key, value, scale, return_lse, return_entropy):
+    """PyTorch's own kernel attending to [K, V] in the place of V: H = lse - λ q·(P K). None where that is not the way.
+
+    It is for heads so small that the kernel's time goes into exponentials, and for rows whose lse is so small that the
+    difference loses no digits.
+    """
+    D = query.shape[3]
+    if query.dtype != torch.float32 or D > FLASH_HEAD_DIM or value.shape != key.shape or query.shape[1] != key.shape[1]:
+        return None
+    if isinstance(scale, torch.Tensor) or query.numel() == 0 or key.numel() == 0:
+        return None
+    both = torch.cat((key, value), -1)
+    attended, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        F.pad(query, (0, D)), both, both, scale=scale
+    )
+    if not float(torch.linalg.vector_norm(row_lse, math.inf)) <= FLASH_LSE_BOUND:
+        return None
+    out, lse, entropy = new_outputs(query, value, False, False)
+    out.copy_(attended[..., D:])
+    if return_entropy:
+        score = torch.einsum("bhnd,bhnd->bhn", query, attended[..., :D])
+        entropy = torch.sub(row_lse, score, alpha=scale).clamp_(min=0.0)  # rounding may dip below 0
+    return out, row_lse.contiguous() if return_lse else lse, entropy
 
 
 def _without_hidden(value, attn_mask, H, Nq):

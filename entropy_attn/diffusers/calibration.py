@@ -74,7 +74,7 @@ class Calibration:
                 reasons.append(f"it is of a {mine.model}")
             elif mine.config != config:
                 reasons.append(f"it is of a {kind} with another config")
-            elif None not in (weight, mine.weight) and abs(weight - mine.weight) > WEIGHT_TOLERANCE * abs(mine.weight):
+            elif weight and mine.weight and abs(weight / mine.weight - 1) > WEIGHT_TOLERANCE:
                 reasons.append(f"it is of a {kind} with other weights")
             else:
                 return mine
@@ -97,4 +97,3 @@ def _weight(model: torch.nn.Module) -> float | None:
     if parameter is None or parameter.device.type == "meta" or not parameter.is_floating_point():
         return None
     return float(parameter.detach().double().norm())
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Clock:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._schedule = None
         self._run = self._step = -1
-        self._timestep: float | None = None
+        self._timestep = math.nan  # of the last call
         self._direction = 0.0
         self._turns: dict[str, int] = {}
 
@@ -49,7 +50,7 @@ class Clock:
         return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
 
     def _is_new_run(self, timestep: float, schedule) -> bool:
-        if self._timestep is None:
+        if self._run < 0:
             return True
         if schedule is not None or self._schedule is not None:
             return schedule is not self._schedule

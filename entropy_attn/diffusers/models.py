@@ -1,4 +1,4 @@
-"""What the adapter has to know of Diffusers' models: denoisers, their self-attention, and the size they were trained at."""
+"""What the adapter has to know of Diffusers' models: denoisers, their self-attention, and their trained size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reading:
 
     sample_name: str
     sample_position: int
-    timestep_position: int | None
+    timestep_position: int
     axes: tuple[int, ...]  # of the sample, that its tokens lie along
     strides: tuple[Grid, ...]  # samples a token, along each axis; a UNet's layers have several
     train_latent: Grid
@@ -69,7 +69,7 @@ def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
 def find_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
     """The self- and joint-attention modules of a model by name, and of the others why they are left alone."""
     layers, skipped = {}, {}
-    for name, module in model.named_modules():
+    for name, module in sorted(model.named_modules(), key=_stage):
         if not (hasattr(module, "to_q") or hasattr(module, "to_qkv")):
             continue
         reason = _why_not(name, module)
@@ -78,6 +78,12 @@ def find_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dic
         else:
             skipped[name] = reason
     return layers, skipped
+
+
+def _stage(named_module: tuple[str, torch.nn.Module]) -> int:
+    """UNets name their middle block last, but run it between the others."""
+    stages = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    return stages.get(named_module[0].split(".")[0], 0)
 
 
 def _why_not(name: str, module: torch.nn.Module) -> str | None:
@@ -90,28 +96,27 @@ def _why_not(name: str, module: torch.nn.Module) -> str | None:
     return None if hasattr(module, "processor") else "no attention processor"
 
 
-def read_model(name: str, model: torch.nn.Module, pipeline, train_size) -> Reading:
+def read_model(model: torch.nn.Module, pipeline, train_size) -> Reading:
     """How to read a model's calls, with the size it was trained at.
 
     `train_size` is in pixels for a pipeline, in latent samples for a bare model; None takes the model's own.
     """
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError(f"{type(model).__name__} runs in parallel over its tokens: disable that first")
+    kind = type(model).__name__
     parameters = list(inspect.signature(type(model).forward).parameters)[1:]
     sample_name = next((n for n in ("sample", "hidden_states") if n in parameters), None)
-    kind = type(model).__name__
-    if sample_name is None:
-        raise ValueError(f"{kind} is not supported: its forward takes neither sample nor hidden_states")
+    if sample_name is None or "timestep" not in parameters:
+        raise ValueError(f"{kind} is not a denoiser that is known: its forward takes no sample and timestep")
     axes, strides, stride = _layout(model, kind, sample_name)
-    default = None if train_size is not None else _config_size(model, kind, pipeline)
-    if train_size is None and default is None:
+    latent = _config_size(model, kind, pipeline) if train_size is None else _latent_size(train_size, stride, pipeline)
+    if latent is None:
         raise ValueError(_no_train_size(kind, len(axes), pipeline))
-    latent = default if train_size is None else _latent_size(train_size, stride, pipeline)
     _check_latent(kind, model, latent, stride)
     train_grid = (count(latent, stride),) if axes == (1,) else latent
     return Reading(
         sample_name, parameters.index(sample_name),
-        parameters.index("timestep") if "timestep" in parameters else None, axes, strides, latent, train_grid,
+        parameters.index("timestep"), axes, strides, latent, train_grid,
     )  # fmt: skip
 
 
@@ -144,8 +149,9 @@ def _config_size(model, kind: str, pipeline) -> Grid | None:
 
 def _no_train_size(kind: str, axes: int, pipeline) -> str:
     if axes == 3:
-        return f"{kind} makes videos, whose training size its config does not say: pass train_size=(frames, height, width)"
-    return f"{kind} has no sample_size in its config: pass train_size, in {'latent samples' if pipeline is None else 'pixels'}"
+        return f"{kind} makes videos, and its config has no trained size: pass train_size=(frames, height, width)"
+    unit = "latent samples" if pipeline is None else "pixels"
+    return f"{kind} has no sample_size in its config: pass train_size, in {unit}"
 
 
 def _latent_size(train_size, stride: Grid, pipeline) -> Grid:
@@ -180,7 +186,9 @@ def pixels_per_sample(pipeline) -> int:
 
 def _check_latent(kind: str, model, latent: Grid, stride: Grid) -> None:
     if any(n % step for n, step in zip(latent, stride, strict=True)):
-        raise ValueError(f"train_size contradicts {kind}: a latent of {latent} does not divide into its patches {stride}")
+        raise ValueError(
+            f"train_size contradicts {kind}: a latent of {latent} does not divide into its patches {stride}"
+        )
     most = getattr(model.config, "pos_embed_max_size", None)
     if most is not None and max(latent) > most * stride[-1]:
         raise ValueError(
@@ -188,4 +196,6 @@ def _check_latent(kind: str, model, latent: Grid, stride: Grid) -> None:
             f"of {stride[-1]} x {stride[-1]} samples"
         )
     if count(latent, stride) < 2:
-        raise ValueError(f"train_size must give at least 2 tokens, got {count(latent, stride)} from a latent of {latent}")
+        raise ValueError(
+            f"train_size must give at least 2 tokens, got {count(latent, stride)} from a latent of {latent}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -52,23 +53,23 @@ class EntropyAttnProcessor:
         image_shape = hidden_states.shape if hidden_states.dim() == 4 else None
         if image_shape is not None:  # (B, C, H, W) -> (B, N, C)
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        is_self = encoder_hidden_states is None
-        num_keys = (hidden_states if is_self else encoder_hidden_states).shape[1]
+        num_keys = (hidden_states if encoder_hidden_states is None else encoder_hidden_states).shape[1]
         attention_mask = _mask(attn, attention_mask, num_keys, hidden_states.shape[0])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query, key, value = _project(attn, hidden_states, encoder_hidden_states)  # (B, heads, N, D)
 
-        T = self.train_tokens if is_self and num_keys > 1 and self.train_tokens != 1 else None
-        result = attention(
+        scaled = encoder_hidden_states is None and num_keys > 1 and self.train_tokens != 1
+        T = self.train_tokens if scaled else None
+        result: Any = attention(
             query, key, value, attention_mask, train_tokens=T, train_entropy=0.0 if T is None else self.train_entropy,
             return_entropy=self.on_entropy is not None,
         )  # fmt: skip
         if self.on_entropy is not None:
             self.on_entropy(attn, result.entropy)
-            result = result.out
+        out = result if self.on_entropy is None else result.out
 
-        hidden_states = result.transpose(1, 2).flatten(2)
+        hidden_states = out.transpose(1, 2).flatten(2)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if image_shape is not None:
             hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)

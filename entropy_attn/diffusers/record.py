@@ -23,7 +23,9 @@ class EntropyTable(list):
         columns = list(self[0])
         cells = [columns] + [[_cell(row[name]) for name in columns] for row in self]
         widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
         return "\n".join(lines)
 
 
@@ -34,18 +36,15 @@ def _cell(value: object) -> str:
 
 
 class _Mean:
-    """The running mean of a layer's entropy (H,) over rows, samples and repeated calls, kept on its device."""
+    """The mean entropy (halves, H) of a layer over rows, samples and repeated calls, kept on its device."""
 
-    def __init__(self, seen: Any):
-        self.seen = seen
-        self.total: torch.Tensor | None = None
-        self.calls = 0
+    def __init__(self, entropy: torch.Tensor, seen: Any):
+        self.total, self.calls, self.seen = entropy, 1, seen
 
     def add(self, entropy: torch.Tensor) -> None:
-        self.total = entropy if self.total is None else self.total + entropy
-        self.calls += 1
+        self.total, self.calls = self.total + entropy, self.calls + 1
 
-    def heads(self) -> list[float]:
+    def halves(self) -> list[list[float]]:
         return (self.total / self.calls).tolist()
 
 
@@ -62,26 +61,27 @@ class EntropyRecord:
     def __init__(self):
         self._labels: list[str] = []  # of sessions, one for each `enable`
         self._runs: dict[tuple[int, int], int] = {}  # (session, its run) -> run
-        self._means: dict[tuple[int, str, int, int], _Mean] = {}  # (run, layer, step, half)
+        self._means: dict[tuple[int, str, int, int], _Mean] = {}  # (run, layer, step, turn)
         self._sessions: list[int] = []  # of runs
 
-    def open_session(self, label: str) -> int:
-        """Take note that runs under `label` will follow; returns the number to add them with."""
+    def open_session(self, label: str) -> Session:
+        """Take note that runs under `label` will follow; returns what adds them."""
         self._labels.append(label)
-        return len(self._labels) - 1
+        return Session(self, len(self._labels) - 1)
 
-    def add(self, session: int, layer: str, moment: Moment, seen: Any, entropy: torch.Tensor) -> None:
-        """Fold in the entropy (B, H, Nq) that `layer` had at `moment`."""
+    def _add(self, session: int, layer: str, moment: Moment, seen: Any, entropy: torch.Tensor) -> None:
         key = (session, moment.run)
         if key not in self._runs:
             self._runs[key] = len(self._sessions)
             self._sessions.append(session)
-        B, H, Nq = entropy.shape
+        B, H, _ = entropy.shape
         halves = 2 if B % 2 == 0 else 1
-        means = entropy.reshape(halves, B // halves, H, Nq).mean(dim=(1, 3))
-        for half, mean in enumerate(means.unbind()):
-            place = (self._runs[key], layer, moment.step, moment.turn * halves + half)
-            self._means.setdefault(place, _Mean(seen)).add(mean)
+        place = (self._runs[key], layer, moment.step, moment.turn)
+        mean = entropy.mean(dim=2).view(halves, B // halves, H).mean(dim=1)
+        if place in self._means:
+            self._means[place].add(mean)
+        else:
+            self._means[place] = _Mean(mean, seen)
 
     def __len__(self) -> int:
         """The number of runs."""
@@ -95,9 +95,9 @@ class EntropyRecord:
         """Mean entropies, a row for each combination of `by`: of "run", "label", "layer", "step", "half", "head".
 
         Returns:
-            A list of dicts that prints as a table. A row has the keys of `by`; `tokens` and `train_tokens`, N and T (None
-            where they differ in the row, or where the layer does not attend to the image); the mean `multiplier` of
-            the trained scale; and the mean `entropy` in nats.
+            A list of dicts that prints as a table. A row has the keys of `by`; `tokens` and `train_tokens`, N and T
+            (None where they differ in the row, or where the layer does not attend to the image); the mean
+            `multiplier` of the trained scale; and the mean `entropy` in nats.
         """
         by = tuple(by)
         unknown = set(by) - set(KEYS)
@@ -118,26 +118,26 @@ class EntropyRecord:
         )
 
     def _entries(self, by_head: bool) -> Iterable[dict]:
-        for (run, layer, step, half), mean in self._means.items():
-            seen = mean.seen
-            entry = {
-                "run": run,
-                "label": self._labels[self._sessions[run]],
-                "layer": layer,
-                "step": step,
-                "half": half,
-                "tokens": seen.tokens.num_tokens if seen.tokens else seen.keys,
-                "train_tokens": seen.tokens.train_tokens if seen.tokens else None,
-                "multiplier": float(seen.multiplier),
-            }
-            heads = mean.heads()
-            if by_head:
-                yield from ({**entry, "head": head, "entropy": entropy} for head, entropy in enumerate(heads))
-            else:
-                yield {**entry, "entropy": sum(heads) / len(heads)}
+        for (run, layer, step, turn), mean in self._means.items():
+            tokens, halves = mean.seen.tokens, mean.halves()
+            for half, heads in enumerate(halves):
+                entry = {
+                    "run": run,
+                    "label": self._labels[self._sessions[run]],
+                    "layer": layer,
+                    "step": step,
+                    "half": turn * len(halves) + half,
+                    "tokens": tokens.num_tokens if tokens else mean.seen.keys,
+                    "train_tokens": tokens.train_tokens if tokens else None,
+                    "multiplier": float(mean.seen.multiplier),
+                }
+                if by_head:
+                    yield from ({**entry, "head": head, "entropy": entropy} for head, entropy in enumerate(heads))
+                else:
+                    yield {**entry, "entropy": sum(heads) / len(heads)}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All that was recorded, as JSON: a list of entries with the keys of `table`. Also written to `path` if given."""
+        """All that was recorded, as JSON: entries with the keys of `table`. Also written to `path` if given."""
         entries = list(self._entries(by_head=True))
         text = json.dumps({"format": "entropy_attn.entropy/1", "unit": "nats", "entries": entries}, indent=1)
         if path is not None:
@@ -147,8 +147,8 @@ class EntropyRecord:
     def plot(self, path: str | Path | None = None):
         """Draw the paper's Fig. 5 (entropy against ln N, with its fit) and Fig. 6 (entropy of each layer).
 
-        Needs matplotlib. Each run is a point of the first picture, so it takes runs at two sizes or more for a fit; runs
-        with and without λ are those of `enable(..., exponent=0)` and of `enable(...)` with one record.
+        Needs matplotlib. Each run is a point of the first picture, so a fit takes runs at two sizes or more. Runs with
+        and without λ come from `enable(..., exponent=0)` and `enable(...)` with one record.
 
         Returns:
             The matplotlib figure, also saved to `path` if given.
@@ -156,6 +156,17 @@ class EntropyRecord:
         from entropy_attn.diffusers import plots
 
         return plots.draw(self.table(), path)
+
+
+class Session:
+    """The runs of one `enable` in a record."""
+
+    def __init__(self, record: EntropyRecord, number: int):
+        self.record, self._number = record, number
+
+    def add(self, layer: str, moment: Moment, seen: Any, entropy: torch.Tensor) -> None:
+        """Fold in the entropy (B, H, Nq) that `layer` had at `moment`."""
+        self.record._add(self._number, layer, moment, seen, entropy)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
-Grid = tuple[int, ...]  # (height, width) in latent samples; (frames, height, width); or (tokens,) where they come packed
+Grid = tuple[
+    int, ...
+]  # (height, width) in latent samples; (frames, height, width); or (tokens,) where they come packed
 
 
 class Tokens(NamedTuple):
@@ -21,8 +23,9 @@ def count(grid: Grid, stride: Grid) -> int:
     return math.prod(-(-size // step) for size, step in zip(grid, stride, strict=True))
 
 
+@functools.lru_cache(maxsize=4096)
 def match_tokens(
-    grid: Grid, train_grid: Grid, strides: Sequence[Grid], queries: int, keys: int, joint: str
+    grid: Grid, train_grid: Grid, strides: tuple[Grid, ...], queries: int, keys: int, joint: str
 ) -> Tokens | None:
     """N and T of a layer that sees `queries` and `keys` while the model sees `grid`; None if they are not its tokens.
 

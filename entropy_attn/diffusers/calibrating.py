@@ -7,12 +7,15 @@ from collections.abc import Iterable
 import torch
 
 from entropy_attn.diffusers.calibration import Calibration, of_model
-from entropy_attn.diffusers.handle import enable, handles_on
+from entropy_attn.diffusers.enabling import enable
+from entropy_attn.diffusers.handle import handle_on
 from entropy_attn.diffusers.models import find_denoisers, pixels_per_sample, read_model
 from entropy_attn.diffusers.record import EntropyRecord
 
 
-def calibrate(pipe, prompts: str | Iterable[str] = "", *, train_size=None, progress: bool = True, **call) -> Calibration:
+def calibrate(
+    pipe, prompts: str | Iterable[str] = "", *, train_size=None, progress: bool = True, **call
+) -> Calibration:
     """Measure the mean entropy H_T of every self-attention layer at the trained size, for `enable(calibration=...)`.
 
     Args:
@@ -20,33 +23,34 @@ def calibrate(pipe, prompts: str | Iterable[str] = "", *, train_size=None, progr
         prompts: what to generate, one run each. The more alike they are to those to come, the better.
         train_size: as in `enable`.
         progress: show a progress bar, if tqdm is installed.
-        call: what else to call the pipeline with, such as num_inference_steps or generator; a `prompt`, `height` or `width`
-            among them goes before `prompts` and the trained size.
+        call: what else to call the pipeline with, such as num_inference_steps or generator; a `prompt`, `height` or
+            `width` among them goes before `prompts` and the trained size.
 
     Returns:
         A `Calibration`; its `save` writes it to a file.
 
     Raises:
-        TypeError: `pipe` is not a pipeline. With a bare model, record a run of your own and use `calibration_from`.
+        TypeError: `pipe` is a bare model: record a run of your own and use `calibration_from`.
         ValueError: it is enabled already; or what `enable` raises.
     """
     if isinstance(pipe, torch.nn.Module):
         raise TypeError(
-            f"calibrate takes a pipeline, which it can call, got {type(pipe).__name__}; for a bare model enable it with "
-            "record_entropy=True and exponent=0, call it at its trained size, and use calibration_from()"
+            f"calibrate takes a pipeline, which it can call, got {type(pipe).__name__}; for a bare model enable it "
+            "with record_entropy=True and exponent=0, call it at its trained size, and use calibration_from()"
         )
     models = find_denoisers(pipe)
-    if any(True for model in models.values() for _ in handles_on(model)):
+    if any(handle_on(model) is not None for model in models.values()):
         raise ValueError("calibrate takes a pipeline that is not enabled: disable it first")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be one or more strings, got {prompts!r}")
     height, width = _trained_pixels(models, pipe, train_size)
-    with enable(pipe, train_size=train_size, record_entropy=True, exponent=0) as handle:
+    record = EntropyRecord()
+    with enable(pipe, train_size=train_size, record_entropy=record, exponent=0):
         for prompt in _progress(prompts, progress):
             arguments = {"height": height, "width": width, **({} if "prompt_embeds" in call else {"prompt": prompt})}
             pipe(**{**arguments, **call})
-    return calibration_from(pipe, handle.entropy, train_size=train_size)
+    return calibration_from(pipe, record, train_size=train_size)
 
 
 def calibration_from(pipe_or_model, record: EntropyRecord, *, train_size=None) -> Calibration:
@@ -62,15 +66,15 @@ def calibration_from(pipe_or_model, record: EntropyRecord, *, train_size=None) -
         prefix = f"{name}." if name else ""
         entropy = {r["layer"].removeprefix(prefix): r["entropy"] for r in rows if r["layer"].startswith(prefix)}
         if entropy:
-            models.append(of_model(model, read_model(name, model, pipeline, train_size).train_grid, entropy))
+            models.append(of_model(model, read_model(model, pipeline, train_size).train_grid, entropy))
     if not models:
         raise ValueError("record has no layer at its trained size with the trained scale: nothing to calibrate from")
     return Calibration(tuple(models))
 
 
 def _trained_pixels(models: dict, pipe, train_size) -> tuple[int, int]:
-    name, model = next(iter(models.items()))
-    height, width = read_model(name, model, pipe, train_size).train_latent[-2:]
+    model = next(iter(models.values()))
+    height, width = read_model(model, pipe, train_size).train_latent[-2:]
     factor = pixels_per_sample(pipe)
     return height * factor, width * factor
 
