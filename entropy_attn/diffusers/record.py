@@ -77,7 +77,9 @@ class EntropyRecord:
         B, H, _ = entropy.shape
         halves = 2 if B % 2 == 0 else 1
         place = (self._runs[key], layer, moment.step, moment.turn)
-        mean = entropy.mean(dim=2).view(halves, B // halves, H).mean(dim=1)
+        mean = entropy.mean(dim=2)
+        if B > halves:
+            mean = mean.view(halves, B // halves, H).mean(dim=1)
         if place in self._means:
             self._means[place].add(mean)
         else:
