@@ -205,8 +205,8 @@ def pixart_sigma():
 def hunyuan():
     transformer = _seeded(
         diffusers.HunyuanDiT2DModel, sample_size=128, num_layers=4, patch_size=2, attention_head_dim=8,
-        num_attention_heads=2, in_channels=4, cross_attention_dim=32, cross_attention_dim_t5=32, pooled_projection_dim=4,
-        hidden_size=16, activation_fn="gelu-approximate", text_len=77, text_len_t5=256,
+        num_attention_heads=2, in_channels=4, cross_attention_dim=32, cross_attention_dim_t5=32,
+        pooled_projection_dim=4, hidden_size=16, activation_fn="gelu-approximate", text_len=77, text_len_t5=256,
     )  # fmt: skip
     return _quiet(
         diffusers.HunyuanDiTPipeline(

@@ -31,6 +31,10 @@ class Call(NamedTuple):
     moment: Moment | None
 
 
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 class Registered:
     """Known to the operators by `token`; a copy, by deepcopy or pickle, gets its own."""
 
@@ -51,6 +55,7 @@ class Denoiser(Registered):
         self.name, self.reading, self.context = name, reading, context
         self.handle: Any = None
         self.call: Any = None  # a Call, while the model runs
+        self.last_call: Any = None
         self.token = ops.register(self)
         self.call_token = self.token  # what the operators of its layers have to come after
 
@@ -80,4 +85,9 @@ class Denoiser(Registered):
         moment, clock = None, self.context.clock
         if clock is not None and timestep is not None:
             moment = clock.tick(self.name, float(timestep.flatten()[0]))
-        self.call = Call(grid, moment)
+        self.call = self.last_call = Call(grid, moment)
+
+    @property
+    def running(self) -> Call | None:
+        """The call that runs. In a backward pass, where gradient checkpointing runs layers again, the last."""
+        return self.last_call if self.call is None and in_backward() else self.call

@@ -71,16 +71,16 @@ def enable(
         ValueError: no denoiser or no softmax self-attention found; a train_size that does not fit the model, or is
             needed; a pattern that matches no layer; a calibration of another model; options that exclude each other.
     """
-    _check_options(joint, strict, record_entropy)
+    _check_options(joint, strict, record_entropy, match_entropy)
     calibration = _check_calibration(calibration, match_entropy, joint)
-    rule = Rule(exponent, min_multiplier, max_multiplier, steps, match_entropy=match_entropy)
+    rule = Rule(exponent, min_multiplier, max_multiplier, steps)
     context = Context(None, None, joint, strict)
-    plans = _plan(pipe_or_model, train_size, rule, calibration, context)
+    plans = _plan(pipe_or_model, train_size, rule, calibration, match_entropy, context)
     layers = [layer for plan in plans for layer in plan.layers.values()]
     _override(layers, overrides)
     if record_entropy is not False:
         record = EntropyRecord() if record_entropy is True else record_entropy
-        context.session = record.open_session(_label(rule, calibration))
+        context.session = record.open_session(_label(exponent, calibration, match_entropy))
     if context.session is not None or any(layer.rule.match_entropy or layer.rule.steps for layer in layers):
         context.clock = Clock(_pipeline(pipe_or_model))
     disable(pipe_or_model)
@@ -95,7 +95,7 @@ def disable(pipe_or_model) -> None:
             handle.disable()
 
 
-def _plan(pipe_or_model, train_size, rule: Rule, calibration: Calibration | None, context: Context) -> list[Plan]:
+def _plan(pipe_or_model, train_size, rule: Rule, calibration, match_entropy: bool, context: Context) -> list[Plan]:
     plans = []
     for name, model in find_denoisers(pipe_or_model).items():
         reading = read_model(model, _pipeline(pipe_or_model), train_size)
@@ -103,7 +103,7 @@ def _plan(pipe_or_model, train_size, rule: Rule, calibration: Calibration | None
         modules, skipped = find_layers(model)
         rules = dict.fromkeys(modules, rule)
         if calibration is not None:
-            rules = _calibrated(rules, calibration.of(model), reading)
+            rules = _calibrated(rules, calibration.of(model), reading, match_entropy)
         layers = {n: Layer(_join(name, n), denoiser, rules[n], _own_scale(modules[n])) for n in modules}
         plans.append(Plan(model, denoiser, layers, skipped))
     if not any(plan.layers for plan in plans):
@@ -128,11 +128,12 @@ def _own_scale(module: torch.nn.Module) -> float | None:
     return scale if isinstance(scale, float) else None
 
 
-def _check_options(joint, strict, record_entropy) -> None:
+def _check_options(joint, strict, record_entropy, match_entropy) -> None:
     if joint not in ("keys", "image"):
         raise ValueError(f"joint must be 'keys' or 'image', got {joint!r}")
-    if not isinstance(strict, bool):
-        raise TypeError(f"strict must be a bool, got {type(strict).__name__}")
+    for name, flag in (("strict", strict), ("match_entropy", match_entropy)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     if not isinstance(record_entropy, (bool, EntropyRecord)):
         raise TypeError(f"record_entropy must be a bool or an EntropyRecord, got {type(record_entropy).__name__}")
 
@@ -151,7 +152,9 @@ def _check_calibration(calibration, match_entropy: bool, joint: str) -> Calibrat
     return calibration
 
 
-def _calibrated(rules: dict[str, Rule], known: ModelCalibration, reading: Reading) -> dict[str, Rule]:
+def _calibrated(
+    rules: dict[str, Rule], known: ModelCalibration, reading: Reading, match_entropy: bool
+) -> dict[str, Rule]:
     """The rules of a model's layers, each with its H_T."""
     if known.train_grid != reading.train_grid:
         raise ValueError(
@@ -161,7 +164,10 @@ def _calibrated(rules: dict[str, Rule], known: ModelCalibration, reading: Readin
     missing = [name for name in rules if name not in known.entropy]
     if missing:
         raise ValueError(f"calibration has no entropy for layer {missing[0]}: make it anew with calibrate()")
-    return {name: replace(rule, train_entropy=known.entropy[name]) for name, rule in rules.items()}
+    return {
+        name: replace(rule, train_entropy=known.entropy[name], match_entropy=match_entropy)
+        for name, rule in rules.items()
+    }
 
 
 def _override(layers: list[Layer], overrides) -> None:
@@ -177,8 +183,9 @@ def _override(layers: list[Layer], overrides) -> None:
             layer.set_rule(layer.rule.with_options(pattern, options))
 
 
-def _label(rule: Rule, calibration) -> str:
-    if rule.exponent == 0:
+def _label(exponent: float, calibration, match_entropy: bool) -> str:
+    """What runs with these settings are called in the record."""
+    if exponent == 0 and not match_entropy:
         return "trained scale"
-    kind = "matched λ" if rule.match_entropy else "λ" if calibration is None else "calibrated λ"
-    return kind if rule.exponent == 0.5 else f"{kind}, exponent {rule.exponent:g}"
+    kind = "matched λ" if match_entropy else "λ" if calibration is None else "calibrated λ"
+    return kind if exponent == 0.5 else f"{kind}, exponent {exponent:g}"

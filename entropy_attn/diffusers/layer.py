@@ -44,7 +44,7 @@ class Layer(Registered):
 
     def enter(self, module, args, kwargs) -> None:
         """Forward pre-hook."""
-        if self.denoiser.call is None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.denoiser.running is None:
             return
         here = seam.scope()
         here.layer, here.reached = self, False
@@ -57,14 +57,15 @@ class Layer(Registered):
         if here.layer is not self:
             return
         here.layer = None
-        if not here.reached and output is not None:
-            self._missed(module)
-        if self._held_scale is not None:
+        by_module = self._held_scale is not None
+        if by_module:
             module.scale, self._held_scale = self._held_scale, None
+        if not here.reached and output is not None:
+            self._missed(module, by_module)
 
     def multiplier_for(self, queries: int, keys: int) -> float | torch.Tensor:
         """λ / λ₀ for a call with so many queries and keys, noted in `last`."""
-        call, reading = self.denoiser.call, self.denoiser.reading
+        call, reading = self.denoiser.running, self.denoiser.reading
         if call is None:  # a compiled layer called by itself
             return 1.0
         tokens = match_tokens(call.grid, reading.train_grid, reading.strides, queries, keys, self.context.joint)
@@ -122,8 +123,8 @@ class Layer(Registered):
 
     @property
     def observes(self) -> bool:
-        """Whether the entropy is wanted."""
-        return self.context.session is not None or self.matcher is not None
+        """Whether the entropy is wanted, as it is once of each call of the denoiser."""
+        return self.denoiser.call is not None and (self.context.session is not None or self.matcher is not None)
 
     def _observe(self, entropy: torch.Tensor) -> None:
         if self.matcher is not None:
@@ -142,13 +143,12 @@ class Layer(Registered):
         self._held_scale = module.scale
         module.scale = float(self.multiplier_for(queries, keys)) * module.scale
 
-    def _missed(self, module) -> None:
-        """The module ran, and its attention did not come by the seam."""
+    def _missed(self, module, by_module: bool) -> None:
+        """The module ran, with a multiplied scale if `by_module`, and its attention did not come by the seam."""
         processor = type(module.processor).__name__
         if torch.compiler.is_compiling():
             compiling.refuse(self.name, processor)
             return
-        by_module = self._held_scale is not None
         if not (by_module and _names_used_by(module.processor) & _READS_SCALE):
             if by_module and self.last.multiplier == 1.0 and not self.observes:
                 return  # the trained scale was right

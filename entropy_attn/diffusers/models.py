@@ -14,6 +14,7 @@ DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
 # Inputs that come as a sequence of 2 x 2 patches, and models without a size in their config: the latent they are for.
 PACKED = {"FluxTransformer2DModel": 128, "ChromaTransformer2DModel": 128, "QwenImageTransformer2DModel": 128}
 PACKED_STRIDE = 2
+REFERENCED = ("Kontext", "Edit")  # in the names of pipelines that pack other images with the one they make
 # Halvings of the latent that a UNet may have.
 UNET_STRIDES = tuple((2**level, 2**level) for level in range(6))
 # Parts of the names of modules that attend to text or to time, not to an image.
@@ -108,7 +109,7 @@ def read_model(model: torch.nn.Module, pipeline, train_size) -> Reading:
     sample_name = next((n for n in ("sample", "hidden_states") if n in parameters), None)
     if sample_name is None or "timestep" not in parameters:
         raise ValueError(f"{kind} is not a denoiser that is known: its forward takes no sample and timestep")
-    axes, strides, stride = _layout(model, kind, sample_name)
+    axes, strides, stride = _layout(model, kind, sample_name, pipeline)
     latent = _config_size(model, kind, pipeline) if train_size is None else _latent_size(train_size, stride, pipeline)
     if latent is None:
         raise ValueError(_no_train_size(kind, len(axes), pipeline))
@@ -120,11 +121,16 @@ def read_model(model: torch.nn.Module, pipeline, train_size) -> Reading:
     )  # fmt: skip
 
 
-def _layout(model, kind: str, sample_name: str) -> tuple[tuple[int, ...], tuple[Grid, ...], Grid]:
+def _layout(model, kind: str, sample_name: str, pipeline) -> tuple[tuple[int, ...], tuple[Grid, ...], Grid]:
     """The axes of the sample that tokens lie along, the strides of its layers, and that of one token of the latent."""
     if sample_name == "sample":
         return (-2, -1), UNET_STRIDES, (1, 1)
     if kind in PACKED:
+        if any(part in type(pipeline).__name__ for part in REFERENCED):
+            raise ValueError(
+                f"{type(pipeline).__name__} puts the tokens of reference images beside those of the image, and they "
+                "cannot be told apart: enable its transformer by itself to count them all as the image's"
+            )
         return (1,), ((1,),), (PACKED_STRIDE, PACKED_STRIDE)
     patch = getattr(model.config, "patch_size", None)
     if isinstance(patch, (tuple, list)) and len(patch) == 3:

@@ -14,7 +14,8 @@ class EntropyAttnProcessor:
     """A drop-in for ``AttnProcessor2_0`` in UNets of one's own, with λ for the scale of self-attention.
 
     Without arguments it computes what ``AttnProcessor2_0`` does. It holds no state of a layer, so that one instance can
-    serve several layers trained with the same number of tokens. Inference only.
+    serve several layers trained with the same number of tokens. Inference only. Loading an IP-Adapter makes a new
+    instance of every processor, without arguments: set yours again after it (`enable` needs no such care).
 
     Args:
         train_tokens: T of the layer; its self-attention then has the scale sqrt(log_T N / d) of `attention`.
@@ -36,6 +37,8 @@ class EntropyAttnProcessor:
             raise ValueError(f"train_tokens must be at least 1, got {train_tokens}")
         if train_tokens is None and train_entropy != 0.0:
             raise ValueError(f"train_entropy needs train_tokens, got train_entropy={train_entropy} alone")
+        if on_entropy is not None and not callable(on_entropy):
+            raise TypeError(f"on_entropy must be callable, got {type(on_entropy).__name__}")
         self.train_tokens, self.train_entropy, self.on_entropy = train_tokens, train_entropy, on_entropy
 
     def __call__(

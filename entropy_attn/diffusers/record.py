@@ -78,7 +78,7 @@ class EntropyRecord:
         halves = 2 if B % 2 == 0 else 1
         place = (self._runs[key], layer, moment.step, moment.turn)
         mean = entropy.mean(dim=2)
-        if B > halves:
+        if halves < B:
             mean = mean.view(halves, B // halves, H).mean(dim=1)
         if place in self._means:
             self._means[place].add(mean)
@@ -101,6 +101,8 @@ class EntropyRecord:
             (None where they differ in the row, or where the layer does not attend to the image); the mean
             `multiplier` of the trained scale; and the mean `entropy` in nats.
         """
+        if isinstance(by, str):
+            raise TypeError(f"by must be a sequence of names, such as ({by!r},), got a string")
         by = tuple(by)
         unknown = set(by) - set(KEYS)
         if unknown:

@@ -40,6 +40,8 @@ class Rule:
             raise ValueError(f"max_multiplier must be at least 1, the trained scale, got {self.max_multiplier}")
         if not isinstance(self.match_entropy, bool):
             raise TypeError(f"match_entropy must be a bool, got {type(self.match_entropy).__name__}")
+        if self.match_entropy and self.train_entropy <= 0:
+            raise ValueError("match_entropy needs a train_entropy to match, from a calibration or by itself")
         _check_steps(self.steps)
 
     @property

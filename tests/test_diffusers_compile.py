@@ -1,0 +1,162 @@
+"""An enabled denoiser under torch.compile: equal to eager, and with as many graphs as the stock one."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+pytest.importorskip("diffusers")
+
+import tiny_pipelines as tiny
+
+import entropy_attn
+
+SIZES = [(8, 8), (16, 16), (16, 24), (24, 16), (32, 32), (40, 40), (48, 32), (20, 20), (28, 28), (36, 36)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(unet, sizes=SIZES):
+    text = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(0))
+    samples = [torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1)) for size in sizes]
+    with torch.no_grad():
+        return [
+            unet(sample, torch.tensor(900 - i), encoder_hidden_states=text, return_dict=False)[0]
+            for i, sample in enumerate(samples)
+        ]
+
+
+def run_flux(transformer, sizes=(4, 8, 6)):
+    outputs = []
+    for i, size in enumerate(sizes):
+        generator = torch.Generator().manual_seed(i)
+        image = torch.randn(1, size * size, 16, generator=generator)
+        text, pooled = torch.randn(1, 7, 32, generator=generator), torch.randn(1, 32, generator=generator)
+        with torch.no_grad():
+            outputs += transformer(
+                hidden_states=image, encoder_hidden_states=text, pooled_projections=pooled, txt_ids=torch.zeros(7, 3),
+                timestep=torch.tensor([0.5 - i / 8]), img_ids=torch.zeros(size * size, 3), return_dict=False,
+            )  # fmt: skip
+    return outputs
+
+
+def compiled(unet, backend="eager", sizes=SIZES):
+    """The outputs of the compiled model, and how many graphs they took."""
+    counter = CompileCounterWithBackend(backend)
+    outputs = run(torch.compile(unet, fullgraph=True, dynamic=True, backend=counter), sizes)
+    return outputs, counter.frame_count
+
+
+@pytest.fixture(scope="module")
+def stock_graphs():
+    torch._dynamo.reset()
+    return compiled(tiny.unet(32, "two levels"))[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"record_entropy": True, "steps": (2, 9), "exponent": 2}])
+def test_ten_sizes(options, stock_graphs):
+    unet = tiny.unet(32, "two levels")
+    stock = run(unet)
+    with entropy_attn.enable(unet, **options) as handle:
+        eager, eager_rows = run(unet), handle.layers()
+        recorded = options.get("record_entropy") and str(handle.entropy.table(by=("layer", "step", "half", "head")))
+        if recorded:
+            handle.entropy.clear()
+        outputs, graphs = compiled(unet)
+        assert handle.layers() == eager_rows
+        if recorded:
+            assert str(handle.entropy.table(by=("layer", "step", "half", "head"))) == recorded
+    assert graphs <= stock_graphs + 1
+    assert all(torch.equal(a, b) for a, b in zip(outputs, eager, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(outputs[2:4], stock[2:4], strict=True))
+
+
+def test_settings_can_change_without_recompiling():
+    unet = tiny.unet(32, "two levels")
+    counter = CompileCounterWithBackend("eager")
+    model = torch.compile(unet, fullgraph=True, dynamic=True, backend=counter)
+    for exponent in (0.5, 1.0, 2.0):
+        with entropy_attn.enable(unet, exponent=exponent):
+            assert torch.equal(run(model, [(16, 24)])[0], run(unet, [(16, 24)])[0])
+    assert counter.frame_count == 1
+
+
+def test_compiled_in_place():
+    unet = tiny.unet(32, "two levels")
+    with entropy_attn.enable(unet, record_entropy=True):
+        eager = run(unet, SIZES[:4])
+        unet.compile(fullgraph=True, dynamic=True, backend="eager")
+        assert all(torch.equal(a, b) for a, b in zip(run(unet, SIZES[:4]), eager, strict=True))
+
+
+def test_compiled_within_a_larger_function():
+    unet = tiny.unet(32, "two levels")
+
+    def guided(sample, timestep, encoder_hidden_states, return_dict):
+        return (2 * unet(sample, timestep, encoder_hidden_states, return_dict=return_dict)[0],)
+
+    with entropy_attn.enable(unet, record_entropy=True) as handle:
+        eager = run(unet, SIZES[:4])
+        outputs = run(torch.compile(guided, fullgraph=True, dynamic=True, backend="eager"), SIZES[:4])
+        assert all(torch.equal(a, 2 * b) for a, b in zip(outputs, eager, strict=True))
+        assert [row["tokens"] for row in handle.entropy.table(by=("run", "step"))] == [16, 64, 96, 96] * 2
+
+
+def test_repeated_blocks_share_their_graphs():
+    def graphs(transformer):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
+        return run_flux(transformer), counter.frame_count
+
+    _, stock_graphs = graphs(tiny.flux_transformer(3, 10))
+    transformer = tiny.flux_transformer(3, 10)
+    stock = run_flux(transformer)
+    entropy_attn.enable(transformer)
+    eager = run_flux(transformer)
+    outputs, enabled_graphs = graphs(transformer)
+    entropy_attn.disable(transformer)
+    assert enabled_graphs <= stock_graphs + 1
+    assert all(torch.equal(a, b) for a, b in zip(outputs, eager, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(outputs, stock, strict=True))
+
+
+def test_gradients_are_not_cut_off():
+    transformer = tiny.flux_transformer()
+    image = torch.randn(1, 36, 16, requires_grad=True)
+
+    def loss(model):
+        output = model(
+            hidden_states=image, encoder_hidden_states=torch.ones(1, 7, 32), pooled_projections=torch.ones(1, 32),
+            timestep=torch.tensor([0.5]), img_ids=torch.zeros(36, 3), txt_ids=torch.zeros(7, 3), return_dict=False,
+        )[0]  # fmt: skip
+        return torch.autograd.grad(output.square().sum(), image)[0]
+
+    with entropy_attn.enable(transformer):
+        eager = loss(transformer)
+        torch.testing.assert_close(loss(torch.compile(transformer, fullgraph=True, backend="aot_eager")), eager)
+
+
+def test_a_processor_of_its_own_cannot_be_compiled_unnoticed():
+    unet = tiny.unet(32, "two levels")
+    unet.set_default_attn_processor()
+    with entropy_attn.enable(unet), pytest.raises(Exception, match="cannot be compiled with λ"):
+        run(torch.compile(unet, fullgraph=True, backend="eager"), SIZES[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_backends(backend):
+    unet = tiny.unet(32, "two levels")
+    with entropy_attn.enable(unet, record_entropy=True) as handle:
+        eager = run(unet, SIZES[:4])
+        recorded = [row["entropy"] for row in handle.entropy.table(by=("step", "layer"))]
+        handle.entropy.clear()
+        outputs, _ = compiled(unet, backend, SIZES[:4])
+        assert [row["entropy"] for row in handle.entropy.table(by=("step", "layer"))] == pytest.approx(recorded, 1e-5)
+    for a, b in zip(outputs, eager, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
