@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-OLDEST = (0, 35)
+OLDEST = (0, 38)
 
 
 def check_version() -> None:
