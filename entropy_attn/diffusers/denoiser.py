@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +32,13 @@ class Call(NamedTuple):
     moment: Moment | None
 
 
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+class _Thread(threading.local):
+    """What a thread last called a model with; not part of a copy."""
+
+    call: Call | None = None
+
+    def __reduce__(self):
+        return _Thread, ()
 
 
 class Registered:
@@ -49,13 +55,13 @@ class Registered:
 
 
 class Denoiser(Registered):
-    """A model whose layers are enabled. Its hooks open and close the scope that its layers look for."""
+    """A model whose layers are enabled. Its hook notes what it is called with, for its layers."""
 
     def __init__(self, name: str, reading: Reading, context: Context):
         self.name, self.reading, self.context = name, reading, context
         self.handle: Any = None
-        self.call: Any = None  # a Call, while the model runs
-        self.last_call: Any = None
+        self._thread = _Thread()
+        self._last_call: Call | None = None
         self.token = ops.register(self)
         self.call_token = self.token  # what the operators of its layers have to come after
 
@@ -77,17 +83,13 @@ class Denoiser(Registered):
         timestep = torch.as_tensor(self.reading.timestep(args, kwargs)) if timed else None
         return timestep, self.reading.grid(args, kwargs)
 
-    def leave(self, module, args, output) -> None:
-        """Forward hook, called also when the model raised."""
-        self.call = None
-
     def begin(self, timestep: torch.Tensor | None, grid: Grid) -> None:
         moment, clock = None, self.context.clock
         if clock is not None and timestep is not None:
             moment = clock.tick(self.name, float(timestep.flatten()[0]))
-        self.call = self.last_call = Call(grid, moment)
+        self._thread.call = self._last_call = Call(grid, moment)
 
     @property
-    def running(self) -> Call | None:
-        """The call that runs. In a backward pass, where gradient checkpointing runs layers again, the last."""
-        return self.last_call if self.call is None and in_backward() else self.call
+    def call(self) -> Call | None:
+        """The last call in this thread; in one that made none, as in a backward pass that runs layers again, of any."""
+        return self._thread.call or self._last_call

@@ -33,9 +33,10 @@ class Handle:
         self._hooks: list = []  # torch's removable handles
         for plan in plans:
             plan.denoiser.handle = self
-            self._hooks += hooks.attach(plan.model, plan.denoiser)
+            self._hooks.append(hooks.before(plan.model, plan.denoiser.enter))
             for name, layer in plan.layers.items():
-                self._hooks += hooks.attach(plan.model.get_submodule(name), layer)
+                module = plan.model.get_submodule(name)
+                self._hooks += [hooks.before(module, layer.enter), hooks.after(module, layer.leave)]
         seam.install()
         self._enabled = True
 
@@ -57,6 +58,8 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if seam.scope().layer in self._layers:  # left there by an interrupt, which hooks do not hear of
+            seam.scope().layer = None
         seam.uninstall()
 
     def __enter__(self) -> Handle:

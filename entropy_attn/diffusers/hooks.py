@@ -6,29 +6,30 @@ blocks of a transformer, compiled one by one, would share no graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.hooks import RemovableHandle
 
 _NUMBER = -1  # torch counts from 0
 
 
-def attach(module: torch.nn.Module, owner) -> list[RemovableHandle]:
-    """Call ``owner.enter(module, args, kwargs)`` before the module, and ``owner.leave(module, args, output)`` after it.
+def before(module: torch.nn.Module, hook: Callable) -> RemovableHandle:
+    """Call ``hook(module, args, kwargs)`` before the module."""
+    return _put(hook, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
 
-    `leave` is called also when the module raised.
-    """
-    return [
-        _put(owner.enter, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        _put(owner.leave, module._forward_hooks, module._forward_hooks_always_called),
-    ]
+
+def after(module: torch.nn.Module, hook: Callable) -> RemovableHandle:
+    """Call ``hook(module, args, output)`` after the module, also when it raised."""
+    return _put(hook, module._forward_hooks, module._forward_hooks_always_called)
 
 
 def owner_on(module: torch.nn.Module):
-    """Whose hooks a module has, or None."""
+    """Whose method is called before a module, or None."""
     return getattr(module._forward_pre_hooks.get(_NUMBER), "__self__", None)
 
 
-def _put(hook, hooks: dict, flagged: dict) -> RemovableHandle:
+def _put(hook: Callable, hooks: dict, flagged: dict) -> RemovableHandle:
     handle = RemovableHandle(hooks, extra_dict=flagged)
     handle.id = _NUMBER
     hooks[_NUMBER] = hook

@@ -44,7 +44,7 @@ class Layer(Registered):
 
     def enter(self, module, args, kwargs) -> None:
         """Forward pre-hook."""
-        if not torch.compiler.is_compiling() and self.denoiser.running is None:
+        if not torch.compiler.is_compiling() and self.denoiser.call is None:
             return
         here = seam.scope()
         here.layer, here.reached = self, False
@@ -65,8 +65,8 @@ class Layer(Registered):
 
     def multiplier_for(self, queries: int, keys: int) -> float | torch.Tensor:
         """λ / λ₀ for a call with so many queries and keys, noted in `last`."""
-        call, reading = self.denoiser.running, self.denoiser.reading
-        if call is None:  # a compiled layer called by itself
+        call, reading = self.denoiser.call, self.denoiser.reading
+        if call is None:  # a layer called by itself
             return 1.0
         tokens = match_tokens(call.grid, reading.train_grid, reading.strides, queries, keys, self.context.joint)
         if tokens is None:
@@ -130,7 +130,8 @@ class Layer(Registered):
         if self.matcher is not None:
             self.matcher.observe(entropy)
         if self.context.session is not None:
-            self.context.session.add(self.name, self.denoiser.call.moment, self.last, entropy)
+            call: Any = self.denoiser.call
+            self.context.session.add(self.name, call.moment, self.last, entropy)
 
     def _scale_module(self, module, args, kwargs) -> None:
         """For processors that do not come by the seam, but may read ``attn.scale``."""
@@ -140,8 +141,9 @@ class Layer(Registered):
         text = kwargs.get("encoder_hidden_states")
         queries = hidden_states.shape[1] if hidden_states.dim() == 3 else hidden_states.shape[2:].numel()
         keys = queries if text is None or text is hidden_states else queries + text.shape[1]
-        self._held_scale = module.scale
-        module.scale = float(self.multiplier_for(queries, keys)) * module.scale
+        if self._held_scale is None:  # else an interrupt, which hooks do not hear of, left the module with it
+            self._held_scale = module.scale
+        module.scale = float(self.multiplier_for(queries, keys)) * self._held_scale
 
     def _missed(self, module, by_module: bool) -> None:
         """The module ran, with a multiplied scale if `by_module`, and its attention did not come by the seam."""

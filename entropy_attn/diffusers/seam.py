@@ -20,6 +20,7 @@ pytorch_sdpa = F.scaled_dot_product_attention
 
 _lock = threading.Lock()
 _users = 0
+_covered = False  # whether SDPA was taken over from us
 
 
 class _Scope:
@@ -41,22 +42,25 @@ def scope() -> _Scope:
 
 def install() -> None:
     """Take over SDPA, once for all handles."""
-    global _users, pytorch_sdpa
+    global _users, _covered, pytorch_sdpa
     with _lock:
         if _users == 0:
-            pytorch_sdpa = F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = scaled_dot_product_attention
+            if not _covered:
+                pytorch_sdpa = F.scaled_dot_product_attention
+                F.scaled_dot_product_attention = scaled_dot_product_attention
             dispatch.install(attend_elsewhere)
         _users += 1
 
 
 def uninstall() -> None:
-    """Give SDPA back with the last handle."""
-    global _users
+    """Give SDPA back with the last handle, unless someone took it over in turn: theirs may call ours."""
+    global _users, _covered
     with _lock:
         _users -= 1
         if _users == 0:
-            F.scaled_dot_product_attention = pytorch_sdpa
+            _covered = F.scaled_dot_product_attention is not scaled_dot_product_attention
+            if not _covered:
+                F.scaled_dot_product_attention = pytorch_sdpa
             dispatch.uninstall()
 
 
