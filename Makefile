@@ -19,6 +19,7 @@ test-gpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/adapter.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -100,17 +100,22 @@ def _draw_fit(axes, runs: Sequence[Run]) -> None:
 
 def _draw_layers(axes, runs: Sequence[Run]) -> None:
     labels = list(dict.fromkeys(run.label for run in runs))
-    sizes = _shown_sizes(runs)
-    for i, size in enumerate(sizes):
+    for i, size in enumerate(_shown_sizes(runs)):
+        drawn: list[np.ndarray] = []
         for j, label in enumerate(labels):
             mine = [run for run in runs if run.label == label and _size(run) == size]
-            if mine:
-                axes.plot(
-                    np.mean([run.entropy for run in mine if len(run.entropy) == len(mine[0].entropy)], axis=0),
-                    color=COLORS[i % len(COLORS)], linestyle=("-", "--", ":", "-.")[j % 4],
-                    marker=MARKERS[j % len(MARKERS)], markersize=3.5, linewidth=1.3,
-                    label=f"N = {size}{_trained(mine[0])}, {label}",
-                )  # fmt: skip
+            if not mine:
+                continue
+            entropy = np.mean([run.entropy for run in mine if len(run.entropy) == len(mine[0].entropy)], axis=0)
+            trained = mine[0].tokens == mine[0].train_tokens
+            if trained and any(np.array_equal(entropy, line) for line in drawn):
+                continue  # all scales are the trained one there
+            drawn.append(entropy)
+            axes.plot(
+                entropy, color=COLORS[i % len(COLORS)], linestyle=("-", "--", ":", "-.")[j % 4],
+                marker=MARKERS[j % len(MARKERS)], markersize=3.5, linewidth=1.3,
+                label=f"N = {size}, " + ("trained size" if trained and j == 0 else label),
+            )  # fmt: skip
     axes.set(xlabel="layer", ylabel="attention entropy in nats")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title("Entropy of each layer")
@@ -119,10 +124,6 @@ def _draw_layers(axes, runs: Sequence[Run]) -> None:
 
 def _size(run: Run) -> int:
     return max(run.tokens)
-
-
-def _trained(run: Run) -> str:
-    return " (trained)" if run.tokens == run.train_tokens else ""
 
 
 def _shown_sizes(runs: Sequence[Run]) -> list[int]:
