@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("diffusers")
 
+import diffusers
 import tiny_pipelines as tiny
 
 import entropy_attn
@@ -190,6 +191,16 @@ def test_wan_is_opt_in(calls):
         model(torch.zeros(1, 16, 3, 16, 16), torch.tensor([500]), torch.zeros(1, 9, 32))
     assert {(row["tokens"], row["train_tokens"]) for row in handle.layers()} == {(3 * 8 * 8, 21 * 30 * 52)}
     assert "skipped: 2 of cross-attention" in str(handle)
+
+
+def test_wan_in_pixels(calls):
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=diffusers.UniPCMultistepScheduler(),
+        transformer=tiny.wan_transformer(),
+    )  # fmt: skip
+    with entropy_attn.enable(pipe, train_size=(9, 256, 384)) as handle, torch.no_grad():
+        pipe.transformer(torch.zeros(1, 16, 3, 32, 48), torch.tensor([500]), torch.zeros(1, 9, 32))
+    assert {(row["tokens"], row["multiplier"]) for row in handle.layers()} == {(3 * 16 * 24, 1.0)}
 
 
 def test_sana_has_nothing_to_scale():

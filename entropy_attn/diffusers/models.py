@@ -17,8 +17,8 @@ PACKED_STRIDE = 2
 REFERENCED = ("Kontext", "Edit")  # in the names of pipelines that pack other images with the one they make
 # Halvings of the latent that a UNet may have.
 UNET_STRIDES = tuple((2**level, 2**level) for level in range(6))
-# Parts of the names of modules that attend to text or to time, not to an image.
-NOT_IMAGE = ("context_refiner", "token_refiner", "text_", "motion_modules", "temporal", "time_")
+# How the names of modules begin that attend to text or to time, not to an image.
+NOT_IMAGE = ("context_refiner", "token_refiner", "text_", "motion_modules", "temp", "time_", "transformer_in")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _why_not(name: str, module: torch.nn.Module) -> str | None:
         return "cross-attention"
     if "Linear" in type(getattr(module, "processor", None)).__name__ + type(module).__name__:
         return "linear attention, which has no softmax"
-    if any(part in name for part in NOT_IMAGE):
+    if any(part.startswith(NOT_IMAGE) for part in name.split(".")):
         return "not over an image"
     return None if hasattr(module, "processor") else "no attention processor"
 
