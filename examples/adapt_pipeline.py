@@ -1,6 +1,7 @@
 """Adapt a text-to-image pipeline with one line, and see what it changes: the same seed with 1/√d and with λ.
 
-    python examples/adapt_pipeline.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 224 224
+    python examples/adapt_pipeline.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --height 224 --width 224 --out image.png
 
 The left half of the image is the pipeline as it is, the right half the adapted one.
 """
@@ -36,18 +37,18 @@ def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = No
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="folder or hub id")
     parser.add_argument("--prompt", default="a dog on a beach")
-    parser.add_argument("--size", type=int, nargs=2, default=(224, 224), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--height", type=int, default=224, help="in pixels, as is the width")
+    parser.add_argument("--width", type=int, default=224)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("adapted.png"))
+    parser.add_argument("--out", type=Path, default=Path("image.png"))
     given = parser.parse_args(arguments)
     pipe = pipe or load(given.model)
 
     def generate() -> Image.Image:
         generator = torch.Generator().manual_seed(given.seed)
-        height, width = given.size
-        options = {"height": height, "width": width, "num_inference_steps": given.steps, "generator": generator}
-        return pipe(given.prompt, **options).images[0]
+        options = {"num_inference_steps": given.steps, "generator": generator}
+        return pipe(given.prompt, height=given.height, width=given.width, **options).images[0]
 
     before = generate()
     with entropy_attn.enable(pipe) as handle:

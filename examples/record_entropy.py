@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = No
     pipe = pipe or load(given.model)
     given.out.mkdir(parents=True, exist_ok=True)
 
+    pipe.set_progress_bar_config(leave=False)
     record = EntropyRecord()
     with tqdm(total=2 * len(given.sizes), desc="runs") as progress:
         for exponent in (0, 0.5):  # 1/√d, and the paper's λ

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def example(monkeypatch):
 
 def test_adapt_pipeline(example, tmp_path, capsys):
     pipe, out = tiny.sd(), tmp_path / "adapted.png"
-    example("adapt_pipeline").main(["--size", "128", "192", "--steps", "2", "--out", str(out)], pipe)
+    example("adapt_pipeline").main(["--height", "128", "--width", "192", "--steps", "2", "--out", str(out)], pipe)
     assert re.search(r"unet.mid_block.*attn1 +1024 +96  0.8115", capsys.readouterr().out)
     image = Image.open(out)
     assert image.size == (2 * 192, 128)
@@ -46,13 +47,15 @@ def test_adapt_pipeline(example, tmp_path, capsys):
 
 
 def test_custom_unet(example, capsys):
-    example("custom_unet").main(["--sizes", "8", "32"])
-    printed = capsys.readouterr().out
-    assert "  8 x 8: out (1, 64, 8, 8), mean entropy" in printed
-    assert printed.count("32 x 32: ") == 2
-    listed = printed.splitlines()[-1].split("self-attention ")[1].removesuffix(" nats").split(", ")
-    assert len(listed) == 6  # 2 layers down, 1 in the middle, 3 up
-    assert all(0 < float(entropy) < 7 for entropy in listed)
+    example("custom_unet").main(["--sizes", "8", "48"])
+    printed = capsys.readouterr().out.splitlines()
+    for line, shape, layers in zip(
+        printed, ["(1, 3, 8, 8)", "(1, 4, 8, 8)", "(1, 3, 48, 48)", "(1, 4, 48, 48)"], [2, 6, 2, 6], strict=True
+    ):
+        assert shape in line
+        entropies = [float(entropy) for entropy in re.findall(r"\d+\.\d{3}", line)]
+        assert len(entropies) == layers  # of the UNet of Diffusers: 2 down, 1 in the middle, 3 up
+        assert all(0 < entropy <= math.log(48 * 48) for entropy in entropies)
 
 
 def test_record_entropy(example, tmp_path, capsys):
@@ -68,13 +71,17 @@ def test_record_entropy(example, tmp_path, capsys):
 def test_match_entropy(example, tmp_path, capsys):
     pipe = tiny.sd(tiny.unet(32, "two levels"))
     for _ in range(2):  # the second time with the calibration of the first
-        arguments = ["--size", "192", "192", "--steps", "3", "--prompts", "a", "b", "--out", str(tmp_path)]
+        arguments = ["--height", "96", "--width", "128", "--steps", "3", "--prompts", "a", "b", "--out", str(tmp_path)]
         example("match_entropy").main(arguments, pipe)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "attn1" in line]
     assert len(rows) == 8
     assert rows[:4] == rows[4:]
-    assert all(len(row) == 6 for row in rows)
-    assert Image.open(tmp_path / "matched.png").size == (4 * 192, 192)
+    for _, log_tokens, wanted, *found in rows:
+        assert float(log_tokens) == pytest.approx(math.log(6 * 8), abs=1e-3)
+        assert wanted.endswith("*")  # T = 256, with attention that is all but uniform: out of reach
+        assert all(0 < float(entropy) <= math.log(6 * 8) for entropy in found)
+        assert len(found) == 4
+    assert Image.open(tmp_path / "matched.png").size == (4 * 128, 96)
     assert entropy_attn.diffusers.Calibration.load(tmp_path / "calibration.json", pipe)
 
 

@@ -30,6 +30,7 @@ class Handle:
         self._title, self._context = title, context
         self._layers = [layer for plan in plans for layer in plan.layers.values()]
         self._skipped = [reason for plan in plans for reason in plan.skipped.values()]
+        self._trained = {plan.denoiser.name: plan.denoiser.reading.train_latent for plan in plans}
         self._hooks: list = []  # torch's removable handles
         for plan in plans:
             plan.denoiser.handle = self
@@ -80,8 +81,9 @@ class Handle:
         rows = self.layers()
         width = max(len(row["layer"]) for row in rows)
         state = "" if self._enabled else ", disabled"
+        sizes = (f"{name or 'model'} {' x '.join(map(str, size))}" for name, size in self._trained.items())
         lines = [
-            f"entropy_attn on {self._title}{state}: {len(rows)} layers",
+            f"entropy_attn on {self._title}{state}: {len(rows)} layers, trained at a latent of {', '.join(sizes)}",
             f"{'layer':{width}}  {'T':>6}  {'N':>6}  λ√d",
         ]
         for row in rows:

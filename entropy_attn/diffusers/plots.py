@@ -11,6 +11,8 @@ import numpy as np
 
 COLORS = ("#3b6fb6", "#d1495b", "#4f9d69", "#8e6bbf", "#c98a2b", "#5c6770")
 MARKERS = "os^Dvp"
+TRAINED = "#333333"  # where all scales are the trained one
+STYLES = (":", "--", "-.")  # of the other sizes
 
 
 class Run(NamedTuple):
@@ -70,56 +72,60 @@ def draw(rows: Sequence[dict], path: str | Path | None = None):
         raise ValueError("there is nothing to plot: no run with self-attention over an image was recorded")
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     by_tokens, by_layer = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    _draw_fit(by_tokens, runs)
-    _draw_layers(by_layer, runs)
+    looks = {}  # color and marker of a scale, the same in both pictures
+    for i, label in enumerate(dict.fromkeys(run.label for run in runs)):
+        looks[label] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+    _draw_fit(by_tokens, runs, looks)
+    _draw_layers(by_layer, runs, looks)
+    for axes in (by_tokens, by_layer):
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=9, framealpha=0.9)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
 
 
-def _draw_fit(axes, runs: Sequence[Run]) -> None:
-    labels = list(dict.fromkeys(run.label for run in runs))
-    for i, label in enumerate(labels):
+def _draw_fit(axes, runs: Sequence[Run], looks: dict[str, dict]) -> None:
+    for label, look in looks.items():
         mine = [run for run in runs if run.label == label]
-        color = COLORS[i % len(COLORS)]
         x = [run.log_tokens for run in mine]
-        axes.scatter(x, [np.mean(run.entropy) for run in mine], color=color, marker=MARKERS[i % len(MARKERS)], zorder=3)
         line, text = fit(mine), label
         if line is not None:
             ends = np.array([min(x), max(x)])
             sign = "−" if line.intercept < 0 else "+"
             text += f": {line.slope:.3f} ln N {sign} {abs(line.intercept):.2f}, R² {line.r_squared:.4f}"
-            axes.plot(ends, line.slope * ends + line.intercept, color=color)
-        axes.plot([], [], color=color, marker=MARKERS[i % len(MARKERS)], label=text)
+            axes.plot(ends, line.slope * ends + line.intercept, color=look["color"])
+        axes.plot(x, [np.mean(run.entropy) for run in mine], linestyle="", **look)
+        axes.plot([], [], label=text, linestyle="-" if line else "", **look)
     trained = float(np.mean(np.log(runs[0].train_tokens)))
-    axes.axvline(trained, color="#999999", linewidth=1, linestyle=":", label="trained size")
-    axes.set(xlabel="ln N, mean over the layers", ylabel="attention entropy in nats, mean over the layers")
+    axes.axvline(trained, color=TRAINED, linewidth=1, linestyle=":", label="trained size")
+    axes.set(xlabel="ln N, mean over the layers", ylabel="mean attention entropy (nats)")
     axes.set_title("Entropy against the number of tokens")
-    axes.legend(fontsize=8)
 
 
-def _draw_layers(axes, runs: Sequence[Run]) -> None:
-    labels = list(dict.fromkeys(run.label for run in runs))
-    for i, size in enumerate(_shown_sizes(runs)):
-        drawn: list[np.ndarray] = []
-        for j, label in enumerate(labels):
+def _draw_layers(axes, runs: Sequence[Run], looks: dict[str, dict]) -> None:
+    trained = max(runs[0].train_tokens)
+    styles = iter(STYLES)
+    for size in _shown_sizes(runs):
+        style = "-" if size == trained else next(styles)
+        lines: dict[str, np.ndarray] = {}
+        for label in looks:
             mine = [run for run in runs if run.label == label and _size(run) == size]
-            if not mine:
-                continue
-            entropy = np.mean([run.entropy for run in mine if len(run.entropy) == len(mine[0].entropy)], axis=0)
-            trained = mine[0].tokens == mine[0].train_tokens
-            if trained and any(np.array_equal(entropy, line) for line in drawn):
-                continue  # all scales are the trained one there
-            drawn.append(entropy)
-            axes.plot(
-                entropy, color=COLORS[i % len(COLORS)], linestyle=("-", "--", ":", "-.")[j % 4],
-                marker=MARKERS[j % len(MARKERS)], markersize=3.5, linewidth=1.3,
-                label=f"N = {size}, " + ("trained size" if trained and j == 0 else label),
-            )  # fmt: skip
-    axes.set(xlabel="layer", ylabel="attention entropy in nats")
+            if mine:
+                lines[label] = np.mean([r.entropy for r in mine if len(r.entropy) == len(mine[0].entropy)], axis=0)
+        lone = size == trained and len({line.tobytes() for line in lines.values()}) == 1
+        for label, line in list(lines.items())[: 1 if lone else None]:
+            look = {"color": TRAINED, "marker": "."} if lone else looks[label]
+            axes.plot(line, linestyle=style, linewidth=1.4, markersize=4, **look)
+        name = f"N = {size}" + (", the trained size" if size == trained else "")
+        axes.plot([], [], color=TRAINED, linestyle=style, linewidth=1.4, label=name)
+    for label, look in looks.items():
+        axes.plot([], [], linestyle="", markersize=4, label=label, **look)
+    axes.set(xlabel="layer", ylabel="attention entropy (nats)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title("Entropy of each layer")
-    axes.legend(fontsize=8)
 
 
 def _size(run: Run) -> int:
