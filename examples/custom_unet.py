@@ -41,11 +41,14 @@ class SmallUNet(nn.Module):
         super().__init__()
         self.enter, self.leave = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 3, 3, padding=1)
         self.down, self.up = nn.Conv2d(channels, channels, 2, stride=2), nn.ConvTranspose2d(channels, channels, 2, 2)
-        self.full, self.half = SelfAttention(channels, 4, TRAIN_SIZE**2), SelfAttention(channels, 4, TRAIN_SIZE**2 // 4)
+        self.upper, self.lower = (
+            SelfAttention(channels, 4, TRAIN_SIZE**2),
+            SelfAttention(channels, 4, TRAIN_SIZE**2 // 4),
+        )
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        image = self.full(self.enter(image))
-        return self.leave(image + self.up(self.half(self.down(image))))
+        image = self.upper(self.enter(image))
+        return self.leave(image + self.up(self.lower(self.down(image))))
 
 
 def diffusers_unet(entropies: list[torch.Tensor]) -> UNet2DConditionModel:
@@ -61,7 +64,7 @@ def diffusers_unet(entropies: list[torch.Tensor]) -> UNet2DConditionModel:
         processors[name] = (
             EntropyAttnProcessor(train_tokens, on_entropy=lambda attn, entropy: entropies.append(entropy))
             if name.endswith("attn1.processor")
-            else EntropyAttnProcessor()  # cross-attention: its keys are text, of which there is no more at other sizes
+            else EntropyAttnProcessor()  # cross-attention: its keys are text, as many at every size
         )
     unet.set_attn_processor(processors)
     return unet
@@ -77,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     small, unet = SmallUNet().eval(), diffusers_unet(entropies)
     for size in sizes:
         image = small(torch.randn(1, 3, size, size))
-        report("SmallUNet", image, [small.full.entropy, small.half.entropy])
+        report("SmallUNet", image, [small.upper.entropy, small.lower.entropy])
         entropies.clear()
         sample = unet(torch.randn(1, 4, size, size), timestep=500, encoder_hidden_states=torch.randn(1, 7, 16)).sample
         report("UNet2DConditionModel", sample, entropies)

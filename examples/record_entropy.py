@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = No
                     pipe(given.prompt, height=size, width=size, **options)
                     record.to_json(given.out / "entropy.json")  # what is done is kept
                     progress.update()
-    print(record.table(by=("run", "label")))
+    print(record.table())
     record.plot(given.out / "entropy.png")
     print(f"wrote {given.out / 'entropy.png'} and {given.out / 'entropy.json'}")
 

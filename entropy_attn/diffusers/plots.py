@@ -81,7 +81,7 @@ def draw(rows: Sequence[dict], path: str | Path | None = None):
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=9, framealpha=0.9)
+        axes.legend(fontsize=9, framealpha=1)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
