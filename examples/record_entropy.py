@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = No
                     pipe(given.prompt, height=size, width=size, **options)
                     record.to_json(given.out / "entropy.json")  # what is done is kept
                     progress.update()
-    print(record.table())
     record.plot(given.out / "entropy.png")
+    print(record.table())
     print(f"wrote {given.out / 'entropy.png'} and {given.out / 'entropy.json'}")
 
 
