@@ -81,9 +81,9 @@ class Handle:
         rows = self.layers()
         width = max(len(row["layer"]) for row in rows)
         state = "" if self._enabled else ", disabled"
-        sizes = (f"{name or 'model'} {' x '.join(map(str, size))}" for name, size in self._trained.items())
+        sizes = (f"{name} trained at {' x '.join(map(str, size))}".strip() for name, size in self._trained.items())
         lines = [
-            f"entropy_attn on {self._title}{state}: {len(rows)} layers, trained at a latent of {', '.join(sizes)}",
+            f"entropy_attn on {self._title}{state}: {len(rows)} layers; {', '.join(sizes)} latent samples",
             f"{'layer':{width}}  {'T':>6}  {'N':>6}  λ√d",
         ]
         for row in rows:
