@@ -56,8 +56,12 @@ def entropy_scale(num_tokens, train_tokens, head_dim, train_entropy=0.0):
         _check_train_entropy(train_entropy, numbers)
     if any(isinstance(x, torch.Tensor) for x in (num_tokens, train_tokens, train_entropy)):
         return _tensor_scale(num_tokens, train_tokens, head_dim, train_entropy)
-    ratio = (math.log(num_tokens) - train_entropy) / (math.log(train_tokens) - train_entropy)
-    return math.sqrt(ratio) / math.sqrt(head_dim)
+    return math.sqrt(entropy_ratio(num_tokens, train_tokens, train_entropy)) / math.sqrt(head_dim)
+
+
+def entropy_ratio(num_tokens: int, train_tokens: int, train_entropy: float) -> float:
+    """(ln N - H_T) / (ln T - H_T), unchecked: the square of λ √d under the rule of `entropy_scale`."""
+    return (math.log(num_tokens) - train_entropy) / (math.log(train_tokens) - train_entropy)
 
 
 def _check_int(name: str, value: object, at_least: int) -> None:

@@ -47,3 +47,16 @@ def repaired_interpreter():
         )
         patch.setattr(InterpreterBuilder, "create_fma", create_fma)
         yield
+
+
+@pytest.fixture
+def pipe():
+    """A tiny Stable Diffusion pipeline."""
+    import tiny_pipelines
+
+    return tiny_pipelines.sd()
+
+
+@pytest.fixture
+def unet(pipe):
+    return pipe.unet

@@ -21,16 +21,6 @@ from diffusers_support import (
 import entropy_attn
 
 
-@pytest.fixture
-def pipe():
-    return tiny.sd()
-
-
-@pytest.fixture
-def unet(pipe):
-    return pipe.unet
-
-
 @when
 def test_fused_projections(pipe, when):
     expected = expected_from(lambda: predict(pipe.unet), pipe.unet)

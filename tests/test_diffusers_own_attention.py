@@ -28,16 +28,6 @@ import entropy_attn
 
 
 @pytest.fixture
-def pipe():
-    return tiny.sd()
-
-
-@pytest.fixture
-def unet(pipe):
-    return pipe.unet
-
-
-@pytest.fixture
 def default_backend():
     """Models that set a backend set it for all of the process, and leave it so."""
     registry = attention_dispatch._AttentionBackendRegistry

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from entropy_attn.diffusers.tokens import Tokens
+from entropy_attn.scale import entropy_ratio
 
 # Rules that aim at a layer's entropy can ask for anything when that entropy is out of reach; the paper's cannot.
 ENTROPY_BOUNDS = (0.5, 2.0)
@@ -64,11 +65,10 @@ class Rule:
             return float(self.multiplier)
         if tokens.num_tokens == tokens.train_tokens or min(tokens) < 2:
             return 1.0
-        train_distance = math.log(tokens.train_tokens) - self.train_entropy
-        if train_distance <= 0:  # uniform attention when trained: no scale makes it any less so
-            return 1.0
+        if self.train_entropy >= math.log(tokens.train_tokens):
+            return 1.0  # uniform attention when trained: no scale makes it any less so
         lowest, highest = self.bounds
-        ratio = (math.log(tokens.num_tokens) - self.train_entropy) / train_distance
+        ratio = entropy_ratio(*tokens, self.train_entropy)
         return min(max(ratio**self.exponent if ratio > 0 else lowest, lowest), highest)
 
     def with_options(self, pattern: str, options: float | dict) -> Rule:
