@@ -1,25 +1,27 @@
 """The CPU backend against PyTorch's SDPA: plain, with entropy, and the textbook way to entropy that holds every score.
 
-The ways of one case run in turn, round by round; what is reported are medians, and ratios to SDPA of the same rounds.
+The ways of one case run in turn, round by round (see harness.py); what is reported are medians, and ratios to SDPA of
+the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from entropy_attn import attention
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+COLOURS = {"ours": "tab:blue", "ours with entropy": "tab:red", "textbook entropy": "tab:grey"}
+HELD_SCORES = 1 << 28  # beyond as many the textbook is left out
 
 
 def textbook(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,66 +31,77 @@ def textbook(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tup
     return p.to(value.dtype) @ value, -(p * log_p).sum(-1)
 
 
-def interleaved(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each way in each round, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(rounds + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if round_ > 0:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return times
-
-
-def measure(dtype: str, N: int, heads: int, head_dim: int, rounds: int) -> dict:
+def measure(dtype: str, N: int, heads: int, head_dim: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, N, head_dim, generator=generator).to(DTYPES[dtype]) for _ in range(3))
+    drawn = (torch.randn(1, heads, N, head_dim, generator=generator) for _ in range(3))
+    query, key, value = (x.to(harness.DTYPES[dtype]) for x in drawn)
     ways = {
         "sdpa": lambda: F.scaled_dot_product_attention(query, key, value),
         "ours": lambda: attention(query, key, value),
         "ours with entropy": lambda: attention(query, key, value, return_entropy=True),
     }
-    if heads * N * N <= 1 << 28:
+    if heads * N * N <= HELD_SCORES:
         ways["textbook entropy"] = lambda: textbook(query, key, value)
-    times = interleaved(ways, rounds)
-    row: dict = {
-        "dtype": dtype,
-        "N": N,
-        "heads": heads,
-        "head_dim": head_dim,
-        "sdpa_ms": statistics.median(times["sdpa"]),
-    }
-    for name in list(ways)[1:]:
-        ratios = [t / s for t, s in zip(times[name], times["sdpa"], strict=True)]
-        row[f"{name} / sdpa"] = statistics.median(ratios)
-    return row
+    times = harness.interleaved(ways, rounds)
+    row: dict[str, Any] = {"dtype": dtype, "N": N, "heads": heads, "head_dim": head_dim}
+    row["sdpa_ms"] = statistics.median(times["sdpa"])
+    return row | {f"{name} / sdpa": harness.ratio(times[name], times["sdpa"]) for name in list(ways)[1:]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [
+        [f"{x:.2f}" if isinstance(x, float) else str(x) for x in (row.get(column, "") for column in columns)]
+        for row in rows
+    ]
+    return harness.markdown(columns, lines)
+
+
+def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """Bars of time as a multiple of SDPA's, a panel for each dtype."""
+    plt = harness.pyplot()
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    most = max(sum(row["dtype"] == dtype for row in rows) for dtype in dtypes)
+    figure, grid = plt.subplots(
+        len(dtypes), 1, figsize=(1.5 + 1.1 * max(most, 5), 2.4 * len(dtypes) + 1), layout="constrained", squeeze=False
+    )
+    for axes, dtype in zip(grid[:, 0], dtypes, strict=True):
+        chosen = [row for row in rows if row["dtype"] == dtype]
+        for i, (way, colour) in enumerate(COLOURS.items()):
+            timed = {j + 0.27 * (i - 1): row[f"{way} / sdpa"] for j, row in enumerate(chosen) if f"{way} / sdpa" in row}
+            bars = axes.bar(list(timed), list(timed.values()), 0.25, color=colour, label=way)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.axhline(1, color="black", lw=0.8, ls=":", zorder=0)
+        axes.set_xticks(range(len(chosen)), [f"D = {row['head_dim']}\nN = {row['N']}" for row in chosen], fontsize=8)
+        axes.set_ylabel("time / SDPA's")
+        axes.set_title(dtype, fontsize=10)
+        axes.margins(y=0.12)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(harness.describe(machine), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[40, 64, 128])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("build/cpu.json"), help="default: %(default)s")
     arguments = parser.parse_args()
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds"
-    )
-    rows = []
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for dtype in arguments.dtypes:
-        for head_dim in arguments.head_dims:
-            for N in arguments.tokens:
-                row = measure(dtype, N, arguments.heads, head_dim, arguments.rounds)
-                rows.append(row)
-                if len(rows) == 1:
-                    print(" | ".join(row))
-                print(" | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
-                arguments.out.write_text(json.dumps(rows, indent=1))
-    print(f"wrote {arguments.out}", file=sys.stderr)
+    cases = [(dtype, D, N) for dtype in arguments.dtypes for D in arguments.head_dims for N in arguments.tokens]
+    with harness.Record(arguments.out, "cpu", rounds=arguments.rounds) as record:
+        for dtype, D, N in (progress := tqdm(cases, file=sys.stderr)):
+            progress.set_description(f"{dtype} D = {D} N = {N}")
+            record.add(measure(dtype, N, arguments.heads, D, arguments.rounds))
+    text = f"{harness.describe(record.machine)}, {arguments.rounds} rounds\n\n{table(record.rows)}\n"
+    markdown, picture = arguments.out.with_suffix(".md"), arguments.out.with_suffix(".png")
+    markdown.write_text(text)
+    draw(record.rows, record.machine, picture)
+    print(f"\n{text}")
+    print(f"wrote {arguments.out}, {markdown}, {picture}", file=sys.stderr)
 
 
 if __name__ == "__main__":

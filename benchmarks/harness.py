@@ -1,0 +1,249 @@
+"""What the benchmark scripts share: the machine, interleaved timing, peak memory, rows that outlive an interruption."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import entropy_attn
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+FLUSH_BYTES = 256 << 20  # larger than the last-level cache of any GPU to date
+
+
+def need_gpu(script_name: str, otherwise: str = "") -> None:
+    """End with code 2 and one sentence to stderr where there is no CUDA or ROCm device."""
+    if torch.cuda.is_available():
+        return
+    hint = f", or {otherwise}" if otherwise else ""
+    print(
+        f"{script_name} needs a CUDA or ROCm device, and PyTorch {torch.__version__} sees none: "
+        f"run `python benchmarks/{script_name}` on a machine with one and a PyTorch built for it{hint}.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
+def machine(device: str | None = None) -> dict[str, Any]:
+    """Where and with what a benchmark runs: on the first GPU if there is one, unless `device` is "cpu"."""
+    result: dict[str, Any] = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    if torch.cuda.is_available() and device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        result["device"] = properties.name
+        if torch.version.hip is None:
+            result["compute_capability"] = f"{properties.major}.{properties.minor}"
+        else:
+            result["architecture"] = properties.gcnArchName
+        result["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        result |= clocks()
+    result["cpu"] = _cpu_model()
+    result.setdefault("device", result["cpu"])
+    result["threads"] = torch.get_num_threads()
+    result["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")  # spinning threads suffer on a shared machine
+    result["python"] = platform.python_version()
+    result["torch"] = torch.__version__
+    result["cuda"] = torch.version.cuda or torch.version.hip
+    result["triton"] = version("triton")
+    result["entropy_attn"] = entropy_attn.__version__
+    return result
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, None where there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def clocks() -> dict[str, float]:
+    """SM clock now and at most (MHz) and the power limit (W) of the first GPU; empty where nvidia-smi does not tell."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return {}
+    fields = {"sm_clock_mhz": "clocks.sm", "sm_clock_max_mhz": "clocks.max.sm", "power_limit_w": "power.limit"}
+    uuid = torch.cuda.get_device_properties(0).uuid  # CUDA_VISIBLE_DEVICES may have renumbered the devices
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields.values())}"]
+    try:
+        output = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+        return {name: float(x) for name, x in zip(fields, output.strip().split(","), strict=True)}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """One line for the head of a table or a picture."""
+    clock = f", {machine['sm_clock_mhz']:.0f} MHz" if "sm_clock_mhz" in machine else ""
+    power = f", {machine['power_limit_w']:.0f} W" if "power_limit_w" in machine else ""
+    versions = f"torch {machine['torch']}, triton {machine['triton']}, entropy_attn {machine['entropy_attn']}"
+    return f"{machine['device']}{clock}{power}, {machine['threads']} CPU threads, {versions}, {machine['date'][:10]}"
+
+
+def interleaved(
+    ways: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu", repetitions: int | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of each way in each round, after one round to warm up.
+
+    The ways run in turn within a round: what slows the machine for a while slows all of them, and ratios of one round
+    mean something. A round's time is the median of its repetitions: 10 on a GPU, timed by its events with the caches
+    flushed before each; 1 on a CPU, timed by the clock.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(rounds + 1):
+        for name, way in ways.items():
+            taken = _gpu_times(way, repetitions or 10) if on_gpu else _cpu_times(way, repetitions or 1)
+            if round_ > 0:
+                times[name].append(statistics.median(taken))
+    return times
+
+
+def _cpu_times(way: Callable[[], Any], repetitions: int) -> list[float]:
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        way()
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def _gpu_times(way: Callable[[], Any], repetitions: int) -> list[float]:
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repetitions)] for _ in range(2))
+    for start, end in zip(starts, ends, strict=True):
+        _flush_buffer().zero_()  # also keeps the GPU busy while the host launches what is timed
+        start.record()
+        way()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(t / b for t, b in zip(times, base, strict=True))
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return low, middle, high
+
+
+def peak_memory(way: Callable[[], Any], device: str = "cpu") -> float:
+    """MiB that PyTorch's allocator holds at the most while `way` runs, beyond what it held before.
+
+    The result of `way` counts; its inputs do not. On a GPU the allocator keeps count; on a CPU PyTorch's profiler lists
+    every allocation and release, and this adds them up.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces each start and stop otherwise
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = way()
+    del result
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+class Record:
+    """The rows of a run, in a JSON file {"machine": ..., "rows": [...]} that is rewritten after every row.
+
+    As a context manager it ends a run interrupted by Ctrl-C with a sentence that says what was kept.
+    """
+
+    def __init__(self, path: Path, device: str | None = None, **about: Any) -> None:
+        self.path = Path(path)
+        self.machine = machine(device) | about
+        self.rows: list[dict[str, Any]] = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        all_rows = [*self.rows, *rows]
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps({"machine": self.machine, "rows": all_rows}, indent=1) + "\n")
+        os.replace(part, self.path)  # a reader, or an interruption, sees the old file or the new one
+        self.rows = all_rows
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            kept = f"{len(self.rows)} rows are in {self.path}" if self.rows else "no row was finished"
+            print(f"\ninterrupted: {kept}", file=sys.stderr)
+            sys.exit(130)
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Machine and rows of a file that `Record` wrote."""
+    saved = json.loads(Path(path).read_text())
+    return saved["machine"], saved["rows"]
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("matplotlib is missing: pip install 'entropy_attn[bench]'")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def token_axis(axes: Any, tokens: Iterable[int]) -> None:
+    """A logarithmic x axis with a tick for each number of tokens, less those whose labels would overlap."""
+    ticks: list[int] = []
+    tokens = sorted(set(tokens))
+    for N in tokens:
+        if not ticks or N / ticks[-1] >= max(1.1, (tokens[-1] / tokens[0]) ** 0.09):
+            ticks.append(N)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(N) for N in ticks])
+    axes.minorticks_off()

@@ -1,0 +1,113 @@
+"""Ours and everything else that computes attention, each as a function from inputs to what is then timed.
+
+Whatever a library needs before its first run (a block mask, a compiled function) is made outside of what is timed. What
+it needs in every run is not: multiplying the query by a scale per head, for those who take only a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from layers import Inputs
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from entropy_attn import attention
+
+
+def ours(inputs: Inputs, return_entropy: bool = False) -> Callable[[], Any]:
+    q, k, v, mask, is_causal, scale = inputs
+    return lambda: attention(q, k, v, mask, is_causal=is_causal, scale=scale, return_entropy=return_entropy)
+
+
+def scaled(inputs: Inputs) -> tuple[torch.Tensor, float | None]:
+    """Query and scale for those who take only a number."""
+    if inputs.scale is None:
+        return inputs.query, None
+    return inputs.query * inputs.scale[..., None, None].to(inputs.query.dtype), 1.0
+
+
+def sdpa(inputs: Inputs, backend: SDPBackend | None = None) -> Callable[[], torch.Tensor]:
+    def way() -> torch.Tensor:
+        query, scale = scaled(inputs)
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                query, inputs.key, inputs.value, inputs.attn_mask, is_causal=inputs.is_causal, scale=scale
+            )
+
+    return way
+
+
+def flex(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()  # past the limit of recompilations it would run uncompiled
+    query, key, value, mask, is_causal, scale = inputs
+    B, H, Nq, Nk = (*query.shape[:3], key.shape[2])
+    if mask is not None:
+        mask = mask.expand(B, H, Nq, Nk)
+    block_mask, score_mod = None, None
+    if is_causal:
+        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, Nq, Nk, device=query.device)
+    elif mask is not None and mask.dtype == torch.bool:
+        block_mask = create_block_mask(lambda b, h, i, j: mask[b, 0, i, j], B, None, Nq, Nk, device=query.device)
+    elif mask is not None:
+        score_mod = lambda score, b, h, i, j: score + mask[b, h, i, j]  # noqa: E731
+    elif scale is not None:
+        score_mod = lambda score, b, h, i, j: score * scale[b, h]  # noqa: E731
+    compiled = torch.compile(flex_attention, dynamic=False)
+    number = None if scale is None else 1.0
+    return lambda: compiled(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=number)
+
+
+def flash_attn(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    from flash_attn import flash_attn_func
+
+    if inputs.attn_mask is not None:
+        raise NotImplementedError("flash_attn_func takes no mask")
+    key, value = inputs.key.transpose(1, 2), inputs.value.transpose(1, 2)
+
+    def way() -> torch.Tensor:
+        query, scale = scaled(inputs)
+        out = flash_attn_func(query.transpose(1, 2), key, value, softmax_scale=scale, causal=inputs.is_causal)
+        return out.transpose(1, 2)
+
+    return way
+
+
+def xformers(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    bias = LowerTriangularMask() if inputs.is_causal else inputs.attn_mask
+    if isinstance(bias, torch.Tensor):
+        if bias.dtype == torch.bool:
+            raise NotImplementedError("memory_efficient_attention takes no boolean mask")
+        bias = bias.expand(*inputs.query.shape[:3], -1)
+    key, value = inputs.key.transpose(1, 2), inputs.value.transpose(1, 2)
+
+    def way() -> torch.Tensor:
+        query, scale = scaled(inputs)
+        return memory_efficient_attention(query.transpose(1, 2), key, value, bias, scale=scale).transpose(1, 2)
+
+    return way
+
+
+OURS: dict[str, Callable[[Inputs], Callable]] = {
+    "ours": ours,
+    "ours+entropy": functools.partial(ours, return_entropy=True),
+}
+PEERS: dict[str, Callable[[Inputs], Callable]] = {
+    "sdpa": sdpa,
+    "sdpa-flash": functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn": functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa-efficient": functools.partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa-math": functools.partial(sdpa, backend=SDPBackend.MATH),
+    "flex": flex,
+    "flash-attn": flash_attn,
+    "xformers": xformers,
+}
+DISTRIBUTIONS = {"flash-attn": "flash-attn", "xformers": "xformers"}  # of the peers that PyTorch does not bring

@@ -1,0 +1,212 @@
+"""The benchmark scripts, on shapes small enough for a test; what they time is not judged."""
+
+import importlib
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
+NEEDS = {"adapter": "diffusers", "photo": "sklearn"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A benchmark as a module; like scripts, they find one another."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
+
+
+def rows_of(done: subprocess.CompletedProcess, json_file: Path) -> list[dict]:
+    """The rows of a run that has also written a table and at least one picture."""
+    assert done.returncode == 0, done.stderr
+    saved = json.loads(json_file.read_text())
+    assert {"date", "device", "threads", "torch", "entropy_attn"} <= set(saved["machine"])
+    assert saved["machine"]["torch"] == torch.__version__
+    assert json_file.with_suffix(".md").read_text().count("\n| ") >= 3
+    pictures = list(json_file.parent.glob(f"{json_file.stem}*.png"))
+    assert pictures
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert not list(json_file.parent.glob("*.part"))
+    return saved["rows"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, tmp_path):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    done = run(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_throughput_names_what_it_needs(tmp_path):
+    done = run("throughput", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"throughput\.py needs a CUDA or ROCm device.*--device cpu.*\.\n", done.stderr)
+
+
+def test_throughput_on_the_cpu(tmp_path):
+    arguments = ["--device", "cpu", "--quick", "--models", "SD1.5", "LDM", "square", "--lengths", "32", "64"]
+    done = run("throughput", *arguments, "--variants", "plain", "bias", "scale", "causal", cwd=tmp_path)
+    rows = rows_of(done, tmp_path / "build" / "throughput.json")
+    assert {row["way"] for row in rows} == {"ours", "ours+entropy", "sdpa", "sdpa-flash", "sdpa-math"}
+    assert {row["variant"] for row in rows} == {"plain", "bias", "scale", "causal"}
+    assert {row["kind"] for row in rows if row["variant"] == "causal"} == {"self", "square"}
+    assert {"SD1.5 64x64", "LDM 64x64"} in [set(row["layers"]) for row in rows]  # the same shape is timed once
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert row["ms_low"] <= row["ms"] <= row["ms_high"]
+        pairs = row["Nq"] * row["Nk"] * (0.5 if row["variant"] == "causal" else 1)
+        assert row["tflops"] == pytest.approx(4 * row["B"] * row["H"] * pairs * row["D"] / row["ms"] / 1e9)
+        assert row["peak_mib"] > 0
+        assert ("entropy_error" in row) == (row["way"] == "ours+entropy")
+        assert row["way"] != "sdpa" or row["time_to_sdpa"] == 1
+    picture = tmp_path / "build" / "throughput-plain-float32.png"
+    picture.unlink()
+    again = run("throughput", "--picture-from", "build/throughput.json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert picture.exists()
+    assert again.stdout == done.stdout
+
+
+def test_wrong_and_refusing_ways_are_told_and_not_timed(benchmark, monkeypatch):
+    throughput = benchmark("throughput")
+    sdpa, ours = throughput.PEERS["sdpa"], throughput.OURS["ours+entropy"]
+
+    def refusing(inputs):
+        raise NotImplementedError("takes no queries\nand more")
+
+    def wrong_entropy(inputs):
+        way = ours(inputs)
+        return lambda: (result := way())._replace(entropy=result.entropy + 0.01)
+
+    monkeypatch.setitem(throughput.PEERS, "flex", lambda inputs: lambda: 1.05 * sdpa(inputs)())
+    monkeypatch.setitem(throughput.PEERS, "xformers", lambda inputs: lambda: sdpa(inputs)() * math.nan)
+    monkeypatch.setitem(throughput.PEERS, "flash-attn", refusing)
+    monkeypatch.setitem(throughput.OURS, "ours+entropy", wrong_entropy)
+    shape = throughput.Shape("self", 2, 3, 40, 24, 16)
+    peers = ["sdpa", "flex", "xformers", "flash-attn"]
+    for variant in ("plain", "padding", "mask", "bias", "scale"):
+        rows = {row["way"]: row for row in throughput.measure(shape, "float32", variant, peers, 2, "cpu")}
+        statuses = {way: row["status"] for way, row in rows.items()}
+        assert statuses == {
+            "ours": "ok", "ours+entropy": "wrong", "sdpa": "ok", "flex": "wrong", "xformers": "wrong",
+            "flash-attn": "refused",
+        }  # fmt: skip
+        assert all(("ms" in row) == (row["status"] == "ok") for row in rows.values())
+        assert rows["flash-attn"]["reason"] == "NotImplementedError: takes no queries"
+        assert rows["flex"]["error"] == pytest.approx(0.05, rel=1e-3)
+        assert rows["ours+entropy"]["entropy_error"] == pytest.approx(0.01, rel=1e-2)
+        told = throughput.tables([row | {"layers": ["a layer"]} for row in rows.values()])
+        assert "- flash-attn: NotImplementedError: takes no queries (1 cases" in told
+
+
+def test_shapes_are_those_of_the_models(benchmark):
+    shapes = benchmark("layers").shapes
+    tokens = lambda *arguments: {(s.kind, s.H, s.Nq, s.Nk, s.D) for s in shapes(*arguments)}  # noqa: E731
+    assert {s for s in tokens(["SD1.5"], [(512, 512)], []) if s[0] == "self"} == {
+        ("self", 8, 4096, 4096, 40), ("self", 8, 1024, 1024, 80), ("self", 8, 256, 256, 160), ("self", 8, 64, 64, 160)
+    }  # fmt: skip
+    assert ("cross", 8, 36 * 64, 77, 40) in tokens(["SD1.5"], [(512, 288)], [])
+    assert ("self", 20, 5 * 8, 5 * 8, 64) in tokens(["SD2.1"], [(512, 288)], [])  # rounded up
+    assert tokens(["SDXL"], [(1024, 1024)], []) < tokens(["SD2.1", "SDXL"], [(1024, 1024)], [])
+    assert tokens(["SD3", "Flux"], [(1024, 1024)], []) == {
+        ("joint", 24, 4096 + 333, 4096 + 333, 64), ("joint", 24, 4096 + 512, 4096 + 512, 128)
+    }  # fmt: skip
+    assert {s.B * s.Nq for s in shapes(["square"], [], [1024, 16384])} == {16384}
+
+
+def test_entropy_cost(tmp_path):
+    done = run(
+        "entropy_cost", "--device", "cpu", "--tokens", "32", "600", "--heads", "2", "--rounds", "2", cwd=tmp_path
+    )
+    rows = rows_of(done, tmp_path / "build" / "entropy_cost.json")
+    assert {(row["N"], row["way"]) for row in rows} == {
+        (N, way) for N in (32, 600) for way in ("SDPA, no entropy", "same pass", "two passes", "softmax held")
+    }
+    assert all(row["entropy_error"] < 1e-4 for row in rows if row["way"] != "SDPA, no entropy")
+    memory = {row["way"]: row["peak_mib"] for row in rows if row["N"] == 600}
+    assert memory["softmax held"] > memory["same pass"] > 600 * 2 * 64 * 4 / 2**20  # at least the output
+
+
+def test_cpu(tmp_path):
+    arguments = ["--dtypes", "float32", "bfloat16", "--tokens", "32", "--head-dims", "8", "--heads", "2"]
+    done = run("cpu", *arguments, "--rounds", "2", cwd=tmp_path)
+    rows = rows_of(done, tmp_path / "build" / "cpu.json")
+    columns = ["dtype", "N", "heads", "head_dim", "sdpa_ms"]
+    ratios = [f"{way} / sdpa" for way in ("ours", "ours with entropy", "textbook entropy")]
+    assert [list(row) for row in rows] == 2 * [columns + ratios]
+    assert f"| {' | '.join(columns + ratios)} |" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C goes to every process of a console there")
+def test_ctrl_c_keeps_the_rows_and_says_so(tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = ["--device", "cpu", "--tokens", *(["16"] * 10_000), "--rounds", "3", "--out", path]
+    command = [sys.executable, BENCHMARKS / "entropy_cost.py", *arguments]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it, and pass that on)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    rows = json.loads(path.read_text())["rows"]
+    assert rows
+    assert process.returncode == 130, errors
+    assert re.search(rf"\ninterrupted: \d+ rows are in {re.escape(str(path))}\n$", errors)
+    assert "Traceback" not in errors
+
+
+def test_a_row_that_cannot_be_written_leaves_the_file(benchmark, tmp_path):
+    harness = benchmark("harness")
+    record = harness.Record(tmp_path / "folder" / "rows.json", "cpu", seed=3)
+    record.add({"N": 1})
+    record.add({"N": 2}, {"N": 3})
+    with pytest.raises(TypeError):
+        record.add({"N": object()})
+    machine, rows = harness.load(record.path)
+    assert machine["seed"] == 3
+    assert rows == [{"N": 1}, {"N": 2}, {"N": 3}]
+
+
+def test_peak_memory_counts_what_is_held_at_once(benchmark):
+    peak_memory = benchmark("harness").peak_memory
+    mebibytes = lambda n: torch.ones(n << 18)  # noqa: E731
+    held = mebibytes(4)
+    assert peak_memory(lambda: mebibytes(4)) == pytest.approx(4, abs=0.01)
+    assert peak_memory(lambda: (mebibytes(2), mebibytes(3))) == pytest.approx(5, abs=0.01)
+    assert peak_memory(lambda: mebibytes(mebibytes(2).numel() >> 18)) == pytest.approx(2, abs=0.01)
+    assert peak_memory(lambda: held.add_(1)) == pytest.approx(0, abs=0.01)
+
+
+def test_ways_run_in_turn(benchmark):
+    order: list[str] = []
+    ways = {name: lambda name=name: order.append(name) for name in ("one", "other")}
+    times = benchmark("harness").interleaved(ways, rounds=2)
+    assert order == 3 * ["one", "other"]  # the first round is to warm up
+    assert {name: len(taken) for name, taken in times.items()} == {"one": 2, "other": 2}
