@@ -1,0 +1,110 @@
+"""Tiles worth a try around a given one, and the file of tiles that ENTROPY_ATTN_TILES reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import harness
+from entropy_attn.kernels import aot, tiles
+from entropy_attn.kernels.tiles import Tile
+
+REGISTERS = 255  # a thread can have
+MOST_STAGES = 4
+
+
+def around(tile: Tile) -> list[Tile]:
+    """The grid around a tile, that one first."""
+    factors = itertools.product((0.5, 1, 2), (0.5, 1, 2), (0.5, 1, 2), (-1, 0, 1))
+    grid = [
+        dataclasses.replace(
+            tile, block_m=int(tile.block_m * m), block_n=int(tile.block_n * n), num_warps=int(tile.num_warps * w),
+            num_stages=tile.num_stages + stages, spills=0,
+        )
+        for m, n, w, stages in factors
+    ]  # fmt: skip
+    possible = [
+        t for t in grid
+        if 16 <= t.block_m <= 256 and 16 <= t.block_n <= 256 and 2 <= t.num_warps <= 16
+        and 1 <= t.num_stages <= MOST_STAGES and parameters(t) != parameters(tile)
+    ]  # fmt: skip
+    return [tile, *possible]
+
+
+def parameters(tile: Tile) -> dict[str, Any]:
+    """A tile as the file of tiles spells it: without what is the default, or what the table only remarks."""
+    return {
+        field.name: getattr(tile, field.name)
+        for field in dataclasses.fields(tile)
+        if field.name != "spills" and getattr(tile, field.name) != field.default
+    }
+
+
+def label(tile: Tile) -> str:
+    return " ".join(f"{name.removeprefix('num_')}={value}" for name, value in parameters(tile).items())
+
+
+def obstacle(architecture: str, dtype: str, head_dim: int, tile: Tile) -> str | None:
+    """Why a tile cannot do well, as far as that is known without compiling it."""
+    width = sum(tiles.split_head_dim(head_dim))
+    limit = aot.SHARED_MEMORY[tiles.table_architecture(architecture)]
+    # Blocks of keys and values on their way; AMD's pipeline holds one in registers, and others may come to.
+    shared = 2 * width * tile.block_n * harness.DTYPES[dtype].itemsize * max(tile.num_stages - 1, 1)
+    if shared > limit:
+        return f"needs at least {shared >> 10} KiB of shared memory, {limit >> 10} KiB are there"
+    threads = tile.num_warps * (64 if architecture.startswith("gfx9") else 32)
+    registers = tile.block_m * (width + tile.block_n) // threads
+    limit = 2 * REGISTERS if architecture.startswith("gfx9") else REGISTERS
+    return f"scores and output take {registers} registers of {limit}" if registers > limit else None
+
+
+def compile_obstacle(architecture: str, dtype: str, head_dim: int, tile: Tile) -> str | None:
+    """What compiling a tile ahead of time, which takes seconds, tells beyond that."""
+    architecture = tiles.table_architecture(architecture)
+    try:
+        used = aot.resources(aot.compile_kernel(architecture, dtype, head_dim, tile=tile))
+    except Exception as error:  # whatever the compiler raises
+        return first_line(error)
+    limit = aot.SHARED_MEMORY[architecture]
+    return f"needs {used.shared} bytes of shared memory, {limit} are there" if used.shared > limit else None
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def candidates(architecture: str, dtype: str, head_dim: int) -> dict[Tile, str | None]:
+    """The candidates, the present tile first, each with what rules it out ahead of time."""
+    grid = around(tiles.find_tile(architecture, dtype, head_dim))
+    return {tile: obstacle(architecture, dtype, head_dim, tile) for tile in grid} | {grid[0]: None}
+
+
+def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) -> None:
+    """Put a tile into the file, for all head dims that are padded like this one.
+
+    Smaller ones without a row of their own would now fall to this one: they get rows with what they run at present.
+    """
+    read(path)
+    pieces = tiles.split_head_dim(head_dim)
+    served = [d for d in tiles.HEAD_DIMS if d <= head_dim or tiles.split_head_dim(d) == pieces]
+    run = {d: tiles.find_tile(architecture, dtype, d) if tiles.split_head_dim(d) != pieces else tile for d in served}
+    rows = {d: run[d] for d, larger in itertools.zip_longest(served, served[1:]) if run[d] != run.get(larger)}
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    before = whole.setdefault(architecture, {}).get(dtype, {})
+    whole[architecture][dtype] = {str(d): parameters(t) for d, t in rows.items()}
+    whole[architecture][dtype] |= {d: t for d, t in before.items() if int(d) > served[-1]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(whole, indent=1) + "\n")
+    os.replace(part, path)  # an interruption leaves the old file or the new one
+    read(path)
+
+
+def read(path: Path) -> None:
+    """Let find_tile look into this file first, if it exists."""
+    os.environ["ENTROPY_ATTN_TILES"] = str(path) if path.exists() else ""
+    tiles._overrides.cache_clear()
