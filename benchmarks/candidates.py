@@ -107,4 +107,4 @@ def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) 
 def read(path: Path) -> None:
     """Let find_tile look into this file first, if it exists."""
     os.environ["ENTROPY_ATTN_TILES"] = str(path) if path.exists() else ""
-    tiles._overrides.cache_clear()
+    tiles.reload()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from entropy_attn import checks, op  # noqa: F401 (op registers the operator)
+from entropy_attn import checks, op
 
 
 class AttentionOutput(NamedTuple):
@@ -84,7 +84,7 @@ def attention(
         train_tokens, train_entropy, num_tokens, return_entropy, return_lse, backend,
     )  # fmt: skip
     scale_tensor, scale = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
-    out, lse, entropy = torch.ops.entropy_attn.attention(
+    out, lse, entropy = op.call(
         query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
         is_causal, return_lse, return_entropy, backend,
     )  # fmt: skip

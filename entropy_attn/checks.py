@@ -29,12 +29,8 @@ def check(
     return_entropy, return_lse, backend,
 ):  # fmt: skip
     """Raise TypeError or ValueError unless `attention` can be called so; tensors come in (B, H, N, D)."""
-    flags = {
-        "is_causal": is_causal, "enable_gqa": enable_gqa, "return_entropy": return_entropy, "return_lse": return_lse,
-    }  # fmt: skip
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    if not type(is_causal) is type(enable_gqa) is type(return_entropy) is type(return_lse) is bool:
+        _refuse_flags(is_causal=is_causal, enable_gqa=enable_gqa, return_entropy=return_entropy, return_lse=return_lse)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if dropout_p != 0.0:
@@ -50,10 +46,18 @@ def check(
         _check_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale)
 
 
+def _refuse_flags(**flags) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+
+
 def _check_tensors(query, key, value) -> None:
     if query.dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"query must be of {allowed}, got {query.dtype}")
+    if query.dtype == key.dtype == value.dtype and query.device == key.device == value.device:
+        return
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")

@@ -5,6 +5,7 @@ A graph that holds it has no λ in it, only the integers λ comes from: it is co
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -21,11 +22,14 @@ _library.define(
 )
 
 
+_entropy_scale = functools.lru_cache(maxsize=1024)(entropy_scale)
+
+
 def resolve_scale(query, key, scale, train_tokens, train_entropy, num_tokens) -> float:
     """λ as a number, from whichever of the arguments of `attention` decide it."""
     if train_tokens is not None:
         num_tokens = key.shape[2] if num_tokens is None else num_tokens
-        return entropy_scale(num_tokens, train_tokens, query.shape[3], train_entropy)
+        return _entropy_scale(num_tokens, train_tokens, query.shape[3], train_entropy)
     return 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
 
 
@@ -45,7 +49,42 @@ def forward(
     return run(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy)
 
 
-_library.impl("attention", forward, "CompositeExplicitAutograd")
+def _operator(query, *rest):
+    return _tensors(query, forward(query, *rest))
+
+
+def _tensors(query, outputs):
+    """An operator returns tensors: empty ones for what was not asked for."""
+    return tuple(query.new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
+
+
+_library.impl("attention", _operator, "CompositeExplicitAutograd")
+
+
+def call(*arguments):
+    """The operator; past PyTorch's dispatcher, which takes longer than all the rest, where that would only pass it on."""
+    query, key, value, attn_mask, scale_tensor = arguments[:5]
+    if (
+        not torch.compiler.is_compiling()
+        and type(query) is type(key) is type(value) is torch.Tensor
+        and (attn_mask is None or type(attn_mask) is torch.Tensor)
+        and (scale_tensor is None or type(scale_tensor) is torch.Tensor)
+        and not query.is_meta
+        and not _watched()
+    ):
+        return forward(*arguments)
+    return torch.ops.entropy_attn.attention(*arguments)
+
+
+def _watched() -> bool:
+    """Whether something looks at operators as they are dispatched: a mode, a transform, a tracer, a profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 @torch.library.register_fake("entropy_attn::attention", lib=_library)
@@ -53,4 +92,4 @@ def _fake(
     query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
     is_causal, return_lse, return_entropy, backend,
 ):  # fmt: skip
-    return new_outputs(query, value, return_lse, return_entropy)
+    return _tensors(query, new_outputs(query, value, return_lse, return_entropy))

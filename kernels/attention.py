@@ -40,10 +40,24 @@ def load_tile(pointers, row_valid, col_valid, CHECK_ROWS: tl.constexpr, CHECK_CO
 
 
 @triton.jit
-def partial_sums(x, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
-    """[M, N] -> [M, PARTIALS]. PARTIALS columns of the matrix-unit layout lie side by side in the threads of a row:
-    each thread adds only what it holds, and the loop needs no shuffles."""
-    return tl.sum(tl.reshape(x, (M, N // PARTIALS, PARTIALS)), 1)
+def add_pairs(p, px, other_p, other_px):
+    return p + other_p, px + other_px
+
+
+@triton.jit
+def row_sums(p, px, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
+    """Sums of both along their rows, [M, N] -> [M]. PARTIALS columns of the matrix-unit layout lie side by side in the
+    threads of a row: each thread first adds what it holds, in as many chains as it has of them. Both sums in one
+    reduction let a thread drop each pair as soon as it is added."""
+    p = tl.reshape(p, (M, N // PARTIALS, PARTIALS))
+    px = tl.reshape(px, (M, N // PARTIALS, PARTIALS))
+    return tl.reduce(tl.reduce((p, px), 1, add_pairs), 1, add_pairs)
+
+
+@triton.jit
+def row_sum(p, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
+    """`row_sums` of p alone."""
+    return tl.sum(tl.sum(tl.reshape(p, (M, N // PARTIALS, PARTIALS)), 1), 1)
 
 
 @triton.jit
@@ -59,31 +73,66 @@ def load_mask(pointers, key_valid, EDGE: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
+def scan_mask(Mask, stride_mn, begin, end, BIAS: tl.constexpr, CHUNK: tl.constexpr):
+    """Of a mask that all queries share, between begin and end: the range that holds all keys not hidden, and the range
+    of those it leaves as they are, if these are one run (as padding leaves them), else an empty one."""
+    index = tl.arange(0, CHUNK)
+    first_seen = tl.full([CHUNK], 2147483647, tl.int32)
+    last_seen = tl.zeros([CHUNK], tl.int32)
+    first_plain = first_seen
+    last_plain = last_seen
+    plain_keys = last_seen
+    for start in range(begin, end, CHUNK):
+        key = start + index
+        mask = load_mask(Mask + key.to(tl.int64) * stride_mn, key < end, True, BIAS)
+        seen = mask != float("-inf")
+        plain = mask == 0.0
+        first_seen = tl.where(seen, tl.minimum(first_seen, key), first_seen)
+        last_seen = tl.where(seen, key + 1, last_seen)
+        first_plain = tl.where(plain, tl.minimum(first_plain, key), first_plain)
+        last_plain = tl.where(plain, key + 1, last_plain)
+        plain_keys += plain.to(tl.int32)
+    last_seen = tl.max(last_seen, 0)
+    first_seen = tl.minimum(tl.min(first_seen, 0), last_seen)
+    last_plain = tl.max(last_plain, 0)
+    first_plain = tl.minimum(tl.min(first_plain, 0), last_plain)
+    last_plain = tl.where(tl.sum(plain_keys, 0) == last_plain - first_plain, last_plain, first_plain)
+    return first_seen, last_seen, first_plain, last_plain
+
+
+@triton.jit
 def attend(
-    q1, q2, k1_pointers, k2_pointers, v1_pointers, v2_pointers, mask_pointers,
+    q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask_pointers,
     start, end, query_index, stride_kn, stride_vn, stride_mn, scale,
     m, l, t, acc1, acc2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys start .. start + BLOCK_N, those before end, into the running softmax of one tile of queries."""
     HIDES: tl.constexpr = EDGE or MASK != "none"
     BIAS: tl.constexpr = MASK == "bias"
     key_index = start + tl.arange(0, BLOCK_N)
     offset = tl.cast(start, tl.int64)
-    # A key hidden from the whole tile is not read: its K and V are 0, and what stands there, NaN even, cannot leak.
-    key_valid = key_index < end  # [N]
+    key_inside = key_index < end  # [N]
+    # The value of a key hidden from the whole tile is not read, but 0: what stands there, NaN even, cannot leak.
+    key_valid = key_inside
     if MASK != "none":
         mask = load_mask(mask_pointers + offset * stride_mn, key_valid, EDGE, BIAS)  # [N] or [M, N]
         key_valid = (tl.max(mask, 0) if MASK_ROWS else mask) != float("-inf")
 
+    e1 = tl.arange(0, E1)
+    if VALUE_FIRST:
+        v1 = load_tile(
+            V + offset * stride_vn + v1_offsets, key_valid[:, None], e1[None, :] < E, HIDES, E1 > E
+        )  # [N, E1]
     c1 = tl.arange(0, D1)
-    k1 = load_tile(k1_pointers + offset * stride_kn, key_valid[None, :], c1[:, None] < D, HIDES, D1 > D)  # [D1, N]
+    k1 = load_tile(K + offset * stride_kn + k1_offsets, key_inside[None, :], c1[:, None] < D, EDGE, D1 > D)  # [D1, N]
     s = tl.dot(q1, k1, input_precision=PRECISION)  # [M, N]
     if D2:
         c2 = D1 + tl.arange(0, D2)
-        k2 = load_tile(k2_pointers + offset * stride_kn, key_valid[None, :], c2[:, None] < D, HIDES, D1 + D2 > D)
+        k2 = load_tile(K + offset * stride_kn + k2_offsets, key_inside[None, :], c2[:, None] < D, EDGE, D1 + D2 > D)
         s = tl.dot(q2, k2, s, input_precision=PRECISION)
 
     if BIAS:
@@ -91,7 +140,7 @@ def attend(
         if MASK_ROWS:
             s = tl.where(mask == float("-inf"), float("-inf"), tl.fma(s, scale, bias))
         else:
-            s = tl.fma(s, scale, tl.where(mask == float("-inf"), float("-inf"), bias)[None, :])
+            s = tl.where((mask == float("-inf"))[None, :], float("-inf"), tl.fma(s, scale, bias[None, :]))
         m_new = tl.maximum(m, tl.max(s, 1))
         x = s - m_new[:, None]
     else:
@@ -99,26 +148,35 @@ def attend(
             s = tl.where(mask == 0.0, s, float("-inf"))
         elif CAUSAL and EDGE:
             s = tl.where(key_valid[None, :] & (key_index[None, :] <= query_index[:, None]), s, float("-inf"))
-        elif HIDES:  # the same keys from every query: K is 0 there, and adding -inf hides it
-            s += (mask if MASK != "none" else tl.where(key_valid, 0.0, float("-inf")))[None, :]
+        elif MASK != "none":
+            s = tl.where((mask == 0.0)[None, :], s, float("-inf"))
+        elif EDGE:  # K is 0 there, and adding -inf hides it
+            s += tl.where(key_inside, 0.0, float("-inf"))[None, :]
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
         # One instruction a score, and its product is not rounded: an offset of all logits costs no digits.
         x = tl.fma(s, scale, -m_new[:, None])
-    p = tl.math.exp2(x)
     d = m - m_new
     a = tl.math.exp2(d)
+    if VALUE_FIRST:
+        acc1 = acc1 * a[:, None]
+    p = tl.math.exp2(x)
     if ENTROPY:
         px = p * (tl.maximum(x, -1000.0) if HIDES else x)  # hidden: 0 * -1000, not 0 * -inf
-        t = (t + l * d[:, None]) * a[:, None] + partial_sums(px, BLOCK_M, BLOCK_N, PARTIALS)
-    l = l * a[:, None] + partial_sums(p, BLOCK_M, BLOCK_N, PARTIALS)
+        sum_p, sum_px = row_sums(p, px, BLOCK_M, BLOCK_N, PARTIALS)
+        previous = l
+        l = l * a + sum_p
+        t = tl.fma(tl.fma(previous, d, t), a, sum_px)
+    else:
+        l = l * a + row_sum(p, BLOCK_M, BLOCK_N, PARTIALS)
 
-    e1 = tl.arange(0, E1)
-    v1 = load_tile(v1_pointers + offset * stride_vn, key_valid[:, None], e1[None, :] < E, HIDES, E1 > E)  # [N, E1]
+    if not VALUE_FIRST:
+        v1 = load_tile(V + offset * stride_vn + v1_offsets, key_valid[:, None], e1[None, :] < E, HIDES, E1 > E)
+        acc1 = acc1 * a[:, None]
     p = p.to(v1.dtype)
-    acc1 = tl.dot(p, v1, acc1 * a[:, None], input_precision=PRECISION)  # [M, E1]
+    acc1 = tl.dot(p, v1, acc1, input_precision=PRECISION)  # [M, E1]
     if E2:
         e2 = E1 + tl.arange(0, E2)
-        v2 = load_tile(v2_pointers + offset * stride_vn, key_valid[:, None], e2[None, :] < E, HIDES, E1 + E2 > E)
+        v2 = load_tile(V + offset * stride_vn + v2_offsets, key_valid[:, None], e2[None, :] < E, HIDES, E1 + E2 > E)
         acc2 = tl.dot(p, v2, acc2 * a[:, None], input_precision=PRECISION)  # [M, E2]
     return m_new, l, t, acc1, acc2
 
@@ -127,7 +185,7 @@ def attend(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
         "stride_vb", "stride_vh", "stride_vn", "stride_ob", "stride_oh", "stride_on",
-        "stride_sb", "stride_sh", "stride_mb", "stride_mh", "H", "Hkv", "Nq", "Nk",
+        "stride_sb", "stride_sh", "stride_mb", "stride_mh", "H", "Hkv", "Nq", "Nk", "keys_per_split",
     ]
 )  # fmt: skip
 def attention_forward(
@@ -136,11 +194,11 @@ def attention_forward(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh,
-    H, Hkv, Nq, Nk,
+    H, Hkv, Nq, Nk, keys_per_split,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr, VALUE_FIRST: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all their keys.
 
@@ -149,6 +207,8 @@ def attention_forward(
     MASK == "bool" and floating for "bias"; its strides may be 0, and without MASK_ROWS all queries share one row.
     Scale (B, H) float32, or None: then the number `scale`. Lse and Entropy (B, H, Nq) float32 in nats, or None.
     WIDE: an offset inside one tile can pass 2^31 elements. Offsets of tiles are 64-bit always.
+    SPLIT: program_id(1) takes keys_per_split keys, whole blocks of them; Out, Lse and Entropy are contiguous with an
+    axis of splits before the others, Out in float32 (see `split.merge_splits`).
     """
     tiles = tl.cdiv(Nq, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -161,7 +221,8 @@ def attention_forward(
     h = h.to(tl.int64)
     first = tile.to(tl.int64) * BLOCK_M
 
-    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    # Unsigned, so that adding an offset to a pointer shared by all threads takes no sign extension.
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
     row = tl.arange(0, BLOCK_M).to(INDEX)
     key = tl.arange(0, BLOCK_N).to(INDEX)
     query_index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -174,6 +235,8 @@ def attention_forward(
     K += (b * stride_kb + h_kv * stride_kh) * STRIDE_UNIT
     V += (b * stride_vb + h_kv * stride_vh) * STRIDE_UNIT
     Out += (b * stride_ob + h * stride_oh) * STRIDE_UNIT + first * stride_on
+    if SPLIT:
+        Out += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles) * Nq * E
 
     if Scale is not None:
         scale = tl.load(Scale + b * stride_sb + h * stride_sh)
@@ -184,21 +247,21 @@ def attention_forward(
     e1 = tl.arange(0, E1)
     q1 = load_tile(Q + row[:, None] * stride_qn + c1[None, :], row_valid[:, None], c1[None, :] < D, True, D1 > D)
     q1 = (q1.to(tl.float32) * sign).to(q1.dtype)  # [M, D1]
-    k1_pointers = K + key[None, :] * stride_kn + c1[:, None]  # [D1, N]
-    v1_pointers = V + key[:, None] * stride_vn + e1[None, :]  # [N, E1]
+    k1_offsets = key[None, :] * stride_kn + c1[:, None]  # [D1, N]
+    v1_offsets = key[:, None] * stride_vn + e1[None, :]  # [N, E1]
     acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
     q2 = q1
-    k2_pointers = k1_pointers
-    v2_pointers = v1_pointers
+    k2_offsets = k1_offsets
+    v2_offsets = v1_offsets
     acc2 = acc1
     if D2:
         c2 = D1 + tl.arange(0, D2)
         q2 = load_tile(Q + row[:, None] * stride_qn + c2[None, :], row_valid[:, None], c2[None, :] < D, True, True)
         q2 = (q2.to(tl.float32) * sign).to(q2.dtype)  # [M, D2]
-        k2_pointers = K + key[None, :] * stride_kn + c2[:, None]  # [D2, N]
+        k2_offsets = key[None, :] * stride_kn + c2[:, None]  # [D2, N]
     if E2:
         e2 = E1 + tl.arange(0, E2)
-        v2_pointers = V + key[:, None] * stride_vn + e2[None, :]  # [N, E2]
+        v2_offsets = key[:, None] * stride_vn + e2[None, :]  # [N, E2]
         acc2 = tl.zeros([BLOCK_M, E2], tl.float32)
     mask_pointers = Mask
     if MASK != "none":
@@ -211,32 +274,57 @@ def attention_forward(
             mask_pointers = Mask + key * stride_mn
 
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M, PARTIALS], tl.float32)
-    t = tl.zeros([BLOCK_M, PARTIALS], tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    t = tl.zeros([BLOCK_M], tl.float32)
     ENTROPY: tl.constexpr = Entropy is not None
 
-    # Keys before `full` come in whole blocks that every query of the tile sees; the last ones need checks.
-    full = Nk
+    # Keys from full_start to full_end come in whole blocks that every query of the tile sees, without a look at a mask
+    # that all queries share. The other blocks between begin and end need checks.
+    begin = 0
     end = Nk
+    if SPLIT:
+        begin = tl.program_id(1) * keys_per_split
+        end = tl.minimum(Nk, begin + keys_per_split)
+    full_start = begin
+    full_end = end
+    SHARED_MASK: tl.constexpr = MASK != "none" and not MASK_ROWS
+    if SHARED_MASK:
+        begin, end, full_start, full_end = scan_mask(Mask, stride_mn, begin, end, MASK == "bias", 1024)
+        begin = begin // BLOCK_N * BLOCK_N
+        full_start = tl.cdiv(full_start, BLOCK_N) * BLOCK_N
     if CAUSAL:
-        full = tl.minimum(Nk, tile * BLOCK_M + 1)
-        end = tl.minimum(Nk, tl.minimum(Nq, (tile + 1) * BLOCK_M))
-    full = full // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
+        full_end = tl.minimum(full_end, tile * BLOCK_M + 1)
+        end = tl.minimum(end, tl.minimum(Nq, (tile + 1) * BLOCK_M))
+    full_end = full_end // BLOCK_N * BLOCK_N
+    if SHARED_MASK or SPLIT:
+        full_end = tl.maximum(full_end, full_start)
+    # From 0: a loop that begins at a number the compiler knows nothing of does not load ahead.
+    for block in range(0, full_end - full_start, BLOCK_N):
+        start = full_start + block
         m, l, t, acc1, acc2 = attend(
-            q1, q2, k1_pointers, k2_pointers, v1_pointers, v2_pointers, mask_pointers,
+            q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask_pointers,
             start, end, query_index, stride_kn, stride_vn, stride_mn, scale, m, l, t, acc1, acc2,
-            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL, MASK, MASK_ROWS, ENTROPY, PRECISION,
+            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL, "none" if SHARED_MASK else MASK,
+            MASK_ROWS, ENTROPY, PRECISION, VALUE_FIRST,
         )  # fmt: skip
-    for start in tl.range(full, end, BLOCK_N, num_stages=1):
+    edge_start = full_end
+    edge_end = end
+    if SHARED_MASK:  # edges on both sides of the whole blocks: these are left out of the count
+        edge_start = begin
+        edge_end = end - (full_end - full_start)
+    for block in tl.range(edge_start, edge_end, BLOCK_N, num_stages=2 if SHARED_MASK else 1):
+        start = block
+        if SHARED_MASK:
+            start += tl.where(block >= full_start, full_end - full_start, 0)
         m, l, t, acc1, acc2 = attend(
-            q1, q2, k1_pointers, k2_pointers, v1_pointers, v2_pointers, mask_pointers,
+            q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask_pointers,
             start, end, query_index, stride_kn, stride_vn, stride_mn, scale, m, l, t, acc1, acc2,
             D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, True, CAUSAL, MASK, MASK_ROWS, ENTROPY, PRECISION,
+            VALUE_FIRST,
         )  # fmt: skip
 
-    total = tl.sum(l, 1)  # [M]; 0 where no key was visible: out and entropy are 0 there, lse is -inf
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    # Where no key was visible l is 0: out and entropy are 0 there, lse is -inf.
+    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
     out_pointers = Out + row[:, None] * stride_on
     tl.store(
         out_pointers + e1[None, :],
@@ -250,9 +338,11 @@ def attention_forward(
             mask=row_valid[:, None] & (e2[None, :] < E),
         )
     rows = head.to(tl.int64) * Nq + first + row
+    if SPLIT:
+        rows += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles) * Nq
     if Lse is not None:
-        tl.store(Lse + rows, (m + tl.math.log2(total)) * LN2, mask=row_valid)
+        tl.store(Lse + rows, (m + tl.math.log2(l)) * LN2, mask=row_valid)
     if ENTROPY:
-        entropy = (tl.math.log2(total) - tl.sum(t, 1) * inverse) * LN2
-        entropy = tl.where((total == 0.0) | (entropy < 0.0), 0.0, entropy)  # rounding may dip below 0
+        entropy = (tl.math.log2(l) - t * inverse) * LN2
+        entropy = tl.where((l == 0.0) | (entropy < 0.0), 0.0, entropy)  # rounding may dip below 0
         tl.store(Entropy + rows, entropy, mask=row_valid)

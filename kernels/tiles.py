@@ -40,33 +40,34 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
             96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1), 512: Tile(16, 16, 8, 1),
         },
         32: {
-            96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1, spills=8),
-            512: Tile(16, 16, 4, 1, spills=16),
+            96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1, spills=16), 256: Tile(32, 16, 8, 1),
+            512: Tile(16, 16, 4, 1, spills=8),
         },
     },
     # 16 bits up to 192: the throughput model's choice, ties to the tile that spills least.
     "sm_80": {
         16: {
-            16: Tile(128, 64, 4, 2, spills=8), 32: Tile(128, 64, 4, 3), 80: Tile(128, 64, 4, 2, spills=96),
-            96: Tile(128, 32, 4, 3, spills=32), 192: Tile(128, 64, 8, 2, spills=88), 256: Tile(64, 32, 8, 1),
-            512: Tile(64, 16, 8, 1, spills=16),
+            16: Tile(128, 64, 4, 2), 32: Tile(128, 64, 4, 3, spills=16), 40: Tile(64, 64, 2, 2, spills=8),
+            64: Tile(128, 64, 4, 2), 80: Tile(128, 64, 4, 2, spills=16), 96: Tile(128, 32, 4, 2, spills=8),
+            128: Tile(128, 32, 4, 3, spills=40), 192: Tile(128, 64, 8, 2, spills=40), 256: Tile(64, 32, 8, 1),
+            512: Tile(64, 16, 8, 1),
         },
         32: {
-            64: Tile(64, 32, 8, 2, spills=8), 96: Tile(64, 16, 8, 2, spills=24), 128: Tile(32, 16, 4, 2, spills=56),
-            160: Tile(64, 16, 8, 2, spills=248), 192: Tile(32, 16, 8, 2, spills=16),
-            256: Tile(16, 16, 4, 1, spills=144), 512: Tile(32, 16, 8, 1),
+            64: Tile(64, 16, 4, 2, spills=16), 96: Tile(64, 16, 8, 2, spills=24), 128: Tile(32, 16, 4, 2, spills=8),
+            160: Tile(64, 16, 8, 2, spills=384), 192: Tile(32, 16, 8, 2, spills=16),
+            256: Tile(16, 16, 4, 1, spills=128), 512: Tile(32, 16, 8, 1),
         },
     },
     "sm_86": {
         16: {
-            64: Tile(128, 64, 4, 2, spills=72), 80: Tile(128, 32, 4, 2, spills=8),
-            96: Tile(128, 64, 8, 2, spills=24), 192: Tile(128, 32, 8, 2, spills=40), 256: Tile(64, 32, 8, 1),
-            512: Tile(64, 16, 8, 1, spills=16),
+            64: Tile(128, 64, 4, 2, spills=40), 80: Tile(128, 32, 4, 2, spills=16),
+            96: Tile(128, 64, 8, 2, spills=16), 192: Tile(128, 32, 8, 2, spills=32), 256: Tile(64, 32, 8, 1),
+            512: Tile(64, 16, 8, 1),
         },
         32: {
-            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2, spills=32), 128: Tile(32, 16, 4, 2, spills=80),
-            192: Tile(32, 16, 8, 2, spills=264), 256: Tile(16, 16, 4, 1, spills=152),
-            512: Tile(16, 16, 8, 1, spills=48),
+            64: Tile(64, 32, 8, 2, spills=16), 96: Tile(64, 16, 8, 2, spills=32), 128: Tile(32, 16, 4, 2, spills=64),
+            192: Tile(32, 16, 8, 2, spills=400), 256: Tile(16, 16, 4, 1, spills=240),
+            512: Tile(16, 16, 8, 1, spills=32),
         },
     },
     "sm_90": {
@@ -75,8 +76,8 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
             192: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2), 512: Tile(32, 16, 8, 1),
         },
         32: {
-            64: Tile(64, 32, 8, 2, spills=24), 96: Tile(64, 16, 8, 2, spills=16), 128: Tile(32, 16, 4, 2, spills=56),
-            192: Tile(32, 16, 8, 2, spills=256), 256: Tile(16, 16, 4, 1, spills=144), 512: Tile(32, 16, 8, 1),
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2, spills=16), 128: Tile(32, 16, 4, 2, spills=48),
+            192: Tile(32, 16, 8, 2, spills=392), 256: Tile(16, 16, 4, 1, spills=232), 512: Tile(32, 16, 8, 1),
         },
     },
     "sm_100": {
@@ -85,19 +86,19 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
             256: Tile(64, 32, 8, 2), 512: Tile(32, 16, 8, 1),
         },
         32: {
-            80: Tile(64, 32, 8, 2, spills=8), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2, spills=96),
-            192: Tile(32, 16, 8, 2, spills=304), 256: Tile(16, 16, 4, 1, spills=192), 512: Tile(32, 16, 8, 1),
+            80: Tile(64, 32, 8, 2, spills=16), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2, spills=88),
+            192: Tile(32, 16, 8, 2, spills=584), 256: Tile(16, 16, 4, 1, spills=288), 512: Tile(32, 16, 8, 1),
         },
     },
     "sm_120": {
         16: {
-            32: Tile(128, 64, 4, 2), 80: Tile(128, 32, 4, 2, spills=48), 96: Tile(128, 64, 8, 2),
-            192: Tile(128, 32, 8, 2, spills=120), 256: Tile(64, 32, 8, 1), 512: Tile(32, 16, 8, 1),
+            32: Tile(128, 64, 4, 2), 96: Tile(128, 64, 8, 2, spills=32),
+            192: Tile(128, 32, 8, 2, spills=128), 256: Tile(64, 32, 8, 1), 512: Tile(32, 16, 8, 1),
         },
         32: {
-            64: Tile(64, 32, 8, 2, spills=72), 96: Tile(64, 16, 8, 2, spills=96), 128: Tile(32, 16, 4, 2, spills=96),
-            192: Tile(32, 16, 8, 2, spills=320), 256: Tile(16, 16, 4, 1, spills=192),
-            512: Tile(16, 16, 8, 1, spills=32),
+            64: Tile(64, 32, 8, 2, spills=72), 96: Tile(64, 16, 8, 2, spills=160), 128: Tile(32, 16, 4, 2, spills=88),
+            192: Tile(32, 16, 8, 2, spills=592), 256: Tile(16, 16, 4, 1, spills=368),
+            512: Tile(16, 16, 8, 1, spills=48),
         },
     },
     "gfx942": {
@@ -111,23 +112,41 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "gfx1100": {
         16: {
-            64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1, spills=92), 160: Tile(64, 16, 8, 1, spills=64),
-            192: Tile(16, 16, 4, 1, spills=84), 256: Tile(32, 16, 4, 1, spills=620),
-            512: Tile(64, 16, 16, 1, spills=1088),
+            64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1, spills=56), 160: Tile(64, 16, 8, 1, spills=36),
+            192: Tile(16, 16, 4, 1, spills=28), 256: Tile(32, 16, 4, 1, spills=480),
+            512: Tile(64, 16, 16, 1, spills=840),
         },
         32: {
-            32: Tile(64, 16, 8, 1), 256: Tile(16, 16, 8, 1, spills=924), 512: Tile(16, 16, 16, 1, spills=1676),
+            32: Tile(64, 16, 8, 1), 256: Tile(16, 16, 8, 1, spills=824), 512: Tile(16, 16, 16, 1, spills=2192),
         },
     },
 }  # fmt: skip
 
+# Rows of the table that differ where the entropy is asked for.
+WITH_ENTROPY: dict[str, dict[int, dict[int, Tile]]] = {"sm_80": {16: {64: Tile(256, 64, 8, 2, spills=8)}}}
 
-def find_tile(architecture: str, dtype: str, head_dim: int) -> Tile:
+
+def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False) -> Tile:
     """The tile for an architecture ("sm_80", "gfx942"), a dtype ("float16") and the larger of the two head dims."""
-    own = _overrides(os.environ.get("ENTROPY_ATTN_TILES", "")).get(architecture, {}).get(dtype, {})
-    table = TABLE[table_architecture(architecture)][32 if dtype == "float32" else 16]
-    rows = own if any(largest >= head_dim for largest in own) else table
-    return rows[min(largest for largest in rows if largest >= head_dim)]
+    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy)
+
+
+@functools.cache
+def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool) -> Tile:
+    own = _overrides(path).get(architecture, {}).get(dtype, {})
+    if any(largest >= head_dim for largest in own):
+        return own[min(largest for largest in own if largest >= head_dim)]
+    architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
+    rows = TABLE[architecture][bits]
+    largest = min(largest for largest in rows if largest >= head_dim)
+    special = WITH_ENTROPY.get(architecture, {}).get(bits, {}) if entropy else {}
+    return special.get(largest, rows[largest])
+
+
+def reload() -> None:
+    """Read the file that ENTROPY_ATTN_TILES names anew at the next launch."""
+    _overrides.cache_clear()
+    _find_tile.cache_clear()
 
 
 def table_architecture(architecture: str) -> str:
@@ -141,7 +160,7 @@ def table_architecture(architecture: str) -> str:
 
 def constexprs(
     architecture: str, dtype: str, head_dim: int, value_dim: int, tile: Tile, *,
-    is_causal: bool, mask: str, mask_rows: bool, tf32: bool, stride_unit: int, wide: bool,
+    is_causal: bool, mask: str, mask_rows: bool, tf32: bool, stride_unit: int, wide: bool, split: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that is fixed when the kernel is compiled, by the names of its parameters.
 
@@ -160,6 +179,8 @@ def constexprs(
         "CAUSAL": is_causal, "MASK": mask, "MASK_ROWS": mask_rows,
         "PRECISION": ("tf32" if tf32 else "tf32x3") if matrix_units and architecture.startswith("sm_") else "ieee",
         "STRIDE_UNIT": stride_unit, "WIDE": wide,
+        # Values loaded before the softmax cost no registers during it; with small heads there are enough.
+        "VALUE_FIRST": max(head_dim, value_dim) > 96, "SPLIT": split,
     }  # fmt: skip
 
 
@@ -176,10 +197,15 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
     40 -> (32, 16), 80 -> (64, 16), 96 -> (64, 32), 160 -> (128, 32); a matrix product needs at least 16.
     """
-    whole = max(16, 1 << (head_dim - 1).bit_length())
-    first = whole // 2
+    padded = whole(head_dim)
+    first = padded // 2
     rest = max(16, 1 << (head_dim - first - 1).bit_length()) if head_dim > first else 16
-    return (first, rest) if first >= 32 and rest < first else (whole, 0)
+    return (first, rest) if first >= 32 and rest < first else (padded, 0)
+
+
+def whole(head_dim: int) -> int:
+    """The head dim as one power of two."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 @functools.cache

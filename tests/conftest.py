@@ -1,5 +1,6 @@
 """Without a GPU, Triton kernels run in Triton's interpreter; that has to be decided before they are imported."""
 
+import functools
 import os
 
 # Threads that spin while they wait bring CPU attention to a crawl as soon as another process wants a core.
@@ -23,12 +24,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def repaired_interpreter():
-    """Triton 3.7's interpreter multiplies the bit patterns of bfloat16 in tl.dot, and rounds the product in tl.fma."""
+    """Triton 3.7's interpreter multiplies the bit patterns of bfloat16 in tl.dot, rounds the product in tl.fma, and
+    reduces with functions it does not know one element at a time."""
     if torch.cuda.is_available():
         yield
         return
     tl = pytest.importorskip("triton.language")
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
     dot = InterpreterBuilder.create_dot
 
@@ -41,7 +43,17 @@ def repaired_interpreter():
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
+    generic_reduce = ReduceOps.generic_reduce
+
+    def reduce_slices(self, input):
+        if self.axis is None or self.keep_dims:
+            return generic_reduce(self, input)
+        slices = zip(*(np.moveaxis(x.handle.data, self.axis, 0) for x in input), strict=True)
+        tensors = ([self.to_tensor(s, x.dtype) for s, x in zip(arrays, input, strict=True)] for arrays in slices)
+        return list(functools.reduce(lambda a, b: self.combine_fn.fn(*a, *b), tensors))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReduceOps, "generic_reduce", reduce_slices)
         patch.setattr(
             InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, numbers(a), numbers(b), *rest)
         )

@@ -95,8 +95,8 @@ def test_tiles_of_the_user(tmp_path, monkeypatch):
     path.write_text(json.dumps(mine))
     monkeypatch.setenv("ENTROPY_ATTN_TILES", str(path))
     assert tiles.find_tile("sm_80", "float16", 40) == tiles.Tile(64, 32, 2, 4)
-    assert tiles.find_tile("sm_80", "bfloat16", 40) == tiles.TABLE["sm_80"][16][80]
-    assert tiles.find_tile("sm_80", "float16", 128) == tiles.TABLE["sm_80"][16][192]
+    assert tiles.find_tile("sm_80", "bfloat16", 40) == tiles.TABLE["sm_80"][16][40]
+    assert tiles.find_tile("sm_80", "float16", 160) == tiles.TABLE["sm_80"][16][192]
 
 
 @pytest.mark.parametrize("text", ["not json", "[1]", '{"sm_80": {"float16": {"64": {"block": 1}}}}', None])

@@ -2,23 +2,28 @@
 
 ``forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy) -> (out, lse, entropy)`` takes
 tensors in (B, H, N, D), `attn_mask` expanded to (B, H, Nq, Nk) or None, and `scale` a float or a tensor expanded to
-(B, H); what was not asked for comes back as an empty tensor.
+(B, H); what was not asked for comes back as None.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from entropy_attn.kernels.tiles import HEAD_DIMS
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
+Outputs = tuple[torch.Tensor, Any, Any]  # out, lse, entropy; what was not asked for is None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+_HEAD_DIMS = frozenset(HEAD_DIMS)
 
 
 class Choice(NamedTuple):
@@ -45,7 +50,7 @@ def choose(query: torch.Tensor, value: torch.Tensor, backend: str) -> Choice:
 
 def triton_obstacle(query: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why the Triton kernel cannot take these tensors, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "Triton is not installed (pip install triton)"
     if query.device.type != "cuda" and not (query.device.type == "cpu" and interpreting()):
         return (
@@ -55,13 +60,23 @@ def triton_obstacle(query: torch.Tensor, value: torch.Tensor) -> str | None:
     if query.dtype not in TRITON_DTYPES:
         return f"the Triton kernel takes float16, bfloat16 and float32, got query of {query.dtype}"
     for name, head_dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if head_dim not in HEAD_DIMS:
+        if head_dim not in _HEAD_DIMS:
             return f"the Triton kernel takes head dims 8, 16, 24 ... 256 and 512, got {name} with head dim {head_dim}"
     if query.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(query.device)
+        capability = _capability(query.device)
         if capability < (7, 5):
             return f"the Triton kernel needs compute capability 7.5 or newer, {query.device} has {capability}"
     return None
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def interpreting() -> bool:
@@ -69,19 +84,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def load(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+@functools.cache
+def load(name: str) -> Callable[..., Outputs]:
     return importlib.import_module(f"entropy_attn.backends.{name}").forward
 
 
-def new_outputs(
-    query: torch.Tensor, value: torch.Tensor, return_lse: bool, return_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def new_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool, return_entropy: bool) -> Outputs:
     """Uninitialised (out, lse, entropy): out in the memory order of query, as SDPA does it."""
     B, H, Nq, _ = query.shape
     if query.stride(1) < query.stride(2):  # heads lie inside tokens: (B, Nq, H, Dv) in memory
         out = query.new_empty((B, Nq, H, value.shape[3])).transpose(1, 2)
     else:
         out = query.new_empty((B, H, Nq, value.shape[3]))
-    lse = query.new_empty((B, H, Nq) if return_lse else (0,), dtype=torch.float32)
-    entropy = query.new_empty((B, H, Nq) if return_entropy else (0,), dtype=torch.float32)
+    lse = query.new_empty((B, H, Nq), dtype=torch.float32) if return_lse else None
+    entropy = query.new_empty((B, H, Nq), dtype=torch.float32) if return_entropy else None
     return out, lse, entropy

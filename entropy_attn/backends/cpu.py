@@ -39,14 +39,17 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
 
 
 def _sdpa(query, key, value, attn_mask, scale, is_causal):
-    out, lse, entropy = new_outputs(query, value, False, False)
-    enable_gqa = query.shape[1] != key.shape[1]
+    _, H, Nq, _ = query.shape
+    Dv = value.shape[3]
     result = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != H
     )
-    if result.stride() == out.stride():
-        return result, lse, entropy
-    return out.copy_(result), lse, entropy
+    heads_inside = query.stride(1) < query.stride(2)  # the memory order of `new_outputs`
+    strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_inside else (H * Nq * Dv, Nq * Dv, Dv, 1)
+    if result.stride() == strides:
+        return result, None, None
+    out, _, _ = new_outputs(query, value, False, False)
+    return out.copy_(result), None, None
 
 
 def _flash(query, key, value, scale, return_lse, return_entropy):

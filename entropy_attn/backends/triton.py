@@ -5,78 +5,125 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import operator
+from typing import Any, NamedTuple
 
 import torch
 
 from entropy_attn.backends import new_outputs
-from entropy_attn.kernels import tiles
+from entropy_attn.kernels import split, tiles
 from entropy_attn.kernels.attention import attention_forward
+
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_HERE = contextlib.nullcontext()
 
 
 def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
     out, lse, entropy = new_outputs(query, value, return_lse, return_entropy)
-    # The kernel reads rows of consecutive elements; a tensor that has none is copied.
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     B, H, Nq, D = query.shape
-    Dv = value.shape[3]
+    Nk, Dv = value.shape[2:]
     if B * H * Nq == 0:
         return out, lse, entropy
-    architecture, dtype = _architecture(query.device), _name(query.dtype)
-    tile = tiles.find_tile(architecture, dtype, max(D, Dv))
+    # The kernel reads rows of consecutive elements; a tensor that has none is copied.
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    device = query.device
+    gpu = _gpu(device)
+    tile = tiles.find_tile(gpu.architecture, _NAMES[query.dtype], max(D, Dv), return_entropy)
+    programs = B * H * -(-Nq // tile.block_m)
+    splits = split.key_splits(programs, Nk, tile, gpu.processors)
+    with _on(device):
+        if splits == 1:
+            _launch(
+                (programs,), tile, gpu.architecture, query, key, value, attn_mask, scale, is_causal,
+                out, lse, entropy, Nk, False,
+            )  # fmt: skip
+        else:
+            parts = query.new_empty((splits, B, H, Nq, Dv), dtype=torch.float32)
+            part_lse = query.new_empty((splits, B, H, Nq), dtype=torch.float32)
+            part_entropy = torch.empty_like(part_lse) if return_entropy else None
+            keys_per_split = -(-Nk // (tile.block_n * splits)) * tile.block_n
+            _launch(
+                (programs, splits), tile, gpu.architecture, query, key, value, attn_mask, scale, is_causal,
+                parts[0], part_lse, part_entropy, keys_per_split, True,
+            )  # fmt: skip
+            split.merge_splits[(-(-B * H * Nq // split.MERGED_ROWS),)](
+                parts, part_lse, part_entropy, out, lse, entropy,
+                *out.stride()[:3], B * H * Nq, H, Nq, splits,
+                E=Dv, BLOCK_E=tiles.whole(Dv), BLOCK_R=split.MERGED_ROWS,
+            )  # fmt: skip
+    return out, lse, entropy
+
+
+def _launch(
+    grid, tile, architecture, query, key, value, attn_mask, scale, is_causal, out, lse, entropy,
+    keys_per_split, is_split,
+):  # fmt: skip
+    """Run the kernel over a grid; lse and entropy are None where they are not wanted."""
     mask_kind, mask_strides = "none", (0, 0, 0, 0)
     if attn_mask is not None:
         mask_kind, mask_strides = "bool" if attn_mask.dtype == torch.bool else "bias", attn_mask.stride()
         attn_mask = attn_mask.view(torch.uint8) if mask_kind == "bool" else attn_mask
     scale_tensor: torch.Tensor | None = None
     scale_strides: tuple[int, ...] = (0, 0)
-    if not isinstance(scale, torch.Tensor):
-        scale = ctypes.c_float(scale).value
-    else:
+    if isinstance(scale, torch.Tensor):
         scale_tensor, scale_strides, scale = scale, scale.stride(), 0.0
+    else:
+        scale = ctypes.c_float(scale).value
 
-    strides = [s for x in (query, key, value, out) for s in x.stride()[:3]]
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1
-    farthest = max(tile.block_m, tile.block_n) * max(*strides[2::3], *mask_strides[2:])
-    constants = tiles.constexprs(
-        architecture, dtype, D, Dv, tile,
-        is_causal=is_causal, mask=mask_kind, mask_rows=mask_strides[2] != 0 and Nq > 1,
-        tf32=torch.backends.cuda.matmul.fp32_precision == "tf32", stride_unit=unit, wide=farthest >= 2**31,
+    q, k, v, o = query.stride(), key.stride(), value.stride(), out.stride()
+    strides = (*q[:3], *k[:3], *v[:3], *o[:3])
+    unit = 1 if functools.reduce(operator.or_, strides) & 7 else 8
+    farthest = max(tile.block_m, tile.block_n) * max(q[2], k[2], v[2], o[2], mask_strides[2], mask_strides[3])
+    H, Nq, D = query.shape[1:]
+    dtype = query.dtype
+    constants = _constants(
+        architecture, _NAMES[dtype], D, value.shape[3], tile, is_causal, mask_kind,
+        mask_strides[2] != 0 and Nq > 1,
+        dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        unit, farthest >= 2**31, is_split,
     )  # fmt: skip
-    with _on(query.device):
-        attention_forward[(B * H * -(-Nq // tile.block_m),)](
-            query, key, value, attn_mask, scale_tensor, out,
-            lse if return_lse else None, entropy if return_entropy else None,
-            scale, *(s // unit for s in strides), *mask_strides, *scale_strides,
-            H, key.shape[1], Nq, key.shape[2],
-            **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return out, lse, entropy
-
-
-def tile_for(query: torch.Tensor, value: torch.Tensor) -> tiles.Tile:
-    """The tile of the table for these tensors on their device."""
-    return tiles.find_tile(_architecture(query.device), _name(query.dtype), max(query.shape[3], value.shape[3]))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _architecture(device: torch.device) -> str:
-    # The interpreter has no architecture; it runs the tiles of the A100.
-    return "sm_80" if device.type == "cpu" else _device_architecture(device.index)
+    attention_forward[grid](
+        query, key, value, attn_mask, scale_tensor, out, lse, entropy, scale,
+        *(strides if unit == 1 else [s >> 3 for s in strides]), *mask_strides, *scale_strides,
+        H, key.shape[1], Nq, key.shape[2], keys_per_split, **constants,
+    )  # fmt: skip
 
 
 @functools.cache
-def _device_architecture(index: int) -> str:
-    """ "sm_80", "gfx942" and so on."""
+def _constants(
+    architecture, dtype, head_dim, value_dim, tile, is_causal, mask, mask_rows, tf32, stride_unit, wide, is_split
+) -> dict[str, Any]:  # fmt: skip
+    """What is fixed when the kernel is compiled."""
+    constants = tiles.constexprs(
+        architecture, dtype, head_dim, value_dim, tile, is_causal=is_causal, mask=mask, mask_rows=mask_rows,
+        tf32=tf32, stride_unit=stride_unit, wide=wide, split=is_split,
+    )  # fmt: skip
+    return constants | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def tile_for(query: torch.Tensor, value: torch.Tensor, return_entropy: bool) -> tiles.Tile:
+    """The tile of the table for these tensors on their device."""
+    head_dim = max(query.shape[3], value.shape[3])
+    return tiles.find_tile(_gpu(query.device).architecture, _NAMES[query.dtype], head_dim, return_entropy)
+
+
+class _Gpu(NamedTuple):
+    architecture: str  # "sm_80", "gfx942" and so on
+    processors: int
+
+
+@functools.cache
+def _gpu(device: torch.device) -> _Gpu:
+    if device.type == "cpu":  # the interpreter has no architecture: it runs what an A100 would
+        return _Gpu("sm_80", 108)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+        return _Gpu(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return _Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _HERE
     return torch.cuda.device(device)
