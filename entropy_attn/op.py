@@ -62,18 +62,34 @@ _library.impl("attention", _operator, "CompositeExplicitAutograd")
 
 
 def call(*arguments):
-    """The operator; past PyTorch's dispatcher, which takes longer than all the rest, where that would only pass it on."""
-    query, key, value, attn_mask, scale_tensor = arguments[:5]
+    """The operator; past PyTorch's dispatcher, the slowest part of a call, where that would only pass it on."""
     if (
         not torch.compiler.is_compiling()
-        and type(query) is type(key) is type(value) is torch.Tensor
-        and (attn_mask is None or type(attn_mask) is torch.Tensor)
-        and (scale_tensor is None or type(scale_tensor) is torch.Tensor)
-        and not query.is_meta
         and not _watched()
+        and all(tensor is None or _is_plain(tensor) for tensor in arguments[:5])
     ):
         return forward(*arguments)
     return torch.ops.entropy_attn.attention(*arguments)
+
+
+def _plain_keys() -> set[int]:
+    """The dispatch keys of ordinary tensors on the CPU and on a GPU, inside inference mode and outside of it."""
+    keys, one = torch._C.DispatchKey, torch._C.DispatchKeySet
+    CPU = one(keys.CPU).add(keys.AutocastCPU)
+    GPU = one(keys.CUDA).add(keys.AutocastCUDA)
+    sets = (
+        CPU, CPU.add(keys.ADInplaceOrView).add(keys.AutogradCPU),
+        GPU, GPU.add(keys.ADInplaceOrView).add(keys.AutogradCUDA),
+    )  # fmt: skip
+    return {each.raw_repr() for each in sets}
+
+
+_PLAIN_KEYS = _plain_keys()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the dispatcher would hand it over as it is: no subclass or wrapper, no negation put off until read."""
+    return type(tensor) is torch.Tensor and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS
 
 
 def _watched() -> bool:

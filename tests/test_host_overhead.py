@@ -26,7 +26,7 @@ def host_overhead(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measured with tensors on the CPU, in the interpreter's place")
 def test_limits(host_overhead):
-    """Twice the limits, as this machine may be slower or busy: the quickest of many short rounds, in up to five tries."""
+    """Twice the limits, as this machine may be slow or busy: the quickest of many short rounds, in up to five tries."""
     for _ in range(5):
         times = {name: min(rounds) for name, rounds in host_overhead.measure(rounds=20, calls=100).items()}
         over = {name: t - 2 * host_overhead.LIMITS["launch"] for name, t in times.items() if name.startswith("launch")}
@@ -84,3 +84,9 @@ def test_subclasses_reach_the_operator():
     query, key, value = tensors()
     attention(query.as_subclass(Mine), key, value)
     assert any("entropy_attn" in str(func) for func in Mine.seen)
+
+
+def test_negation_put_off_is_not_lost():
+    query, key, value = tensors()
+    negated = torch._neg_view(query)
+    torch.testing.assert_close(attention(negated, key, value), attention(-query, key, value))
