@@ -55,5 +55,5 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     if isinstance(scale, torch.Tensor):
         scale = None
     else:
-        scale = resolve_scale(query, key, scale, train_tokens, given["train_entropy"], num_tokens)
+        scale = resolve_scale(query.shape[3], key.shape[2], scale, train_tokens, given["train_entropy"], num_tokens)
     return Explanation(backend, reason, scale, key.shape[2] if num_tokens is None else num_tokens, train_tokens, tile)

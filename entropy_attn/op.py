@@ -22,15 +22,16 @@ _library.define(
 )
 
 
-_entropy_scale = functools.lru_cache(maxsize=1024)(entropy_scale)
-
-
-def resolve_scale(query, key, scale, train_tokens, train_entropy, num_tokens) -> float:
+def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) -> float:
     """λ as a number, from whichever of the arguments of `attention` decide it."""
     if train_tokens is not None:
-        num_tokens = key.shape[2] if num_tokens is None else num_tokens
-        return _entropy_scale(num_tokens, train_tokens, query.shape[3], train_entropy)
-    return 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
+        num_tokens = Nk if num_tokens is None else num_tokens
+        return entropy_scale(num_tokens, train_tokens, head_dim, train_entropy)
+    return 1.0 / math.sqrt(head_dim) if scale is None else scale
+
+
+# For the operator, whose sizes are numbers when it runs; those of a graph being traced cannot be looked up.
+_remembered_scale = functools.lru_cache(maxsize=1024)(resolve_scale)
 
 
 def forward(
@@ -40,7 +41,7 @@ def forward(
     """What the operator does, on arguments that `attention` has checked."""
     B, H, Nq, _ = query.shape
     if scale_tensor is None:
-        scale = resolve_scale(query, key, scale, train_tokens, train_entropy, num_tokens)
+        scale = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
     else:  # (), (B,) or (B, H)
         scale = scale_tensor[:, None].expand(B, H) if scale_tensor.dim() == 1 else scale_tensor.expand(B, H)
     if attn_mask is not None:

@@ -131,3 +131,11 @@ def test_explain():
     assert explain(**arguments).scale == 1 / math.sqrt(40)
     assert explain(**arguments, scale=torch.ones(2)).scale is None
     assert explain(**arguments, backend="reference").backend == "reference"
+
+
+def test_explain_with_symbolic_sizes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    fake = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.randn(1, 2, 33, 16), static_shapes=False)
+    assert "N = 33" in str(explain(fake, fake, fake, train_tokens=64, backend="reference"))
