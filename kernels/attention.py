@@ -17,6 +17,8 @@ The uncentred form, lse - E[score], loses three digits once the logits carry an 
 import triton
 import triton.language as tl
 
+from .mask import load_mask, scan_mask
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # The first pivot. Every finite score reaches it, so it is never taken for a maximum that is not there,
@@ -58,46 +60,6 @@ def row_sums(p, px, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
 def row_sum(p, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
     """`row_sums` of p alone."""
     return tl.sum(tl.sum(tl.reshape(p, (M, N // PARTIALS, PARTIALS)), 1), 1)
-
-
-@triton.jit
-def load_mask(pointers, key_valid, EDGE: tl.constexpr, BIAS: tl.constexpr):
-    """One tile of the mask as what it adds to the scores, [M, N], or [N] where all queries share it."""
-    if EDGE:
-        valid = key_valid if len(pointers.shape) == 1 else key_valid[None, :]
-        mask = tl.load(pointers, mask=valid, other=float("-inf") if BIAS else 0)
-    else:
-        mask = tl.load(pointers)
-    # As a number either way: the compiler moves numbers between layouts far better than booleans.
-    return mask.to(tl.float32) if BIAS else tl.where(mask != 0, 0.0, float("-inf"))
-
-
-@triton.jit
-def scan_mask(Mask, stride_mn, begin, end, BIAS: tl.constexpr, CHUNK: tl.constexpr):
-    """Of a mask that all queries share, between begin and end: the range that holds all keys not hidden, and the range
-    of those it leaves as they are, if these are one run (as padding leaves them), else an empty one."""
-    index = tl.arange(0, CHUNK)
-    first_seen = tl.full([CHUNK], 2147483647, tl.int32)
-    last_seen = tl.zeros([CHUNK], tl.int32)
-    first_plain = first_seen
-    last_plain = last_seen
-    plain_keys = last_seen
-    for start in range(begin, end, CHUNK):
-        key = start + index
-        mask = load_mask(Mask + key.to(tl.int64) * stride_mn, key < end, True, BIAS)
-        seen = mask != float("-inf")
-        plain = mask == 0.0
-        first_seen = tl.where(seen, tl.minimum(first_seen, key), first_seen)
-        last_seen = tl.where(seen, key + 1, last_seen)
-        first_plain = tl.where(plain, tl.minimum(first_plain, key), first_plain)
-        last_plain = tl.where(plain, key + 1, last_plain)
-        plain_keys += plain.to(tl.int32)
-    last_seen = tl.max(last_seen, 0)
-    first_seen = tl.minimum(tl.min(first_seen, 0), last_seen)
-    last_plain = tl.max(last_plain, 0)
-    first_plain = tl.minimum(tl.min(first_plain, 0), last_plain)
-    last_plain = tl.where(tl.sum(plain_keys, 0) == last_plain - first_plain, last_plain, first_plain)
-    return first_seen, last_seen, first_plain, last_plain
 
 
 @triton.jit
@@ -289,7 +251,7 @@ def attention_forward(
     full_end = end
     SHARED_MASK: tl.constexpr = MASK != "none" and not MASK_ROWS
     if SHARED_MASK:
-        begin, end, full_start, full_end = scan_mask(Mask, stride_mn, begin, end, MASK == "bias", 1024)
+        begin, end, full_start, full_end = scan_mask(Mask, stride_mn, begin, end, MASK == "bias")
         begin = begin // BLOCK_N * BLOCK_N
         full_start = tl.cdiv(full_start, BLOCK_N) * BLOCK_N
     if CAUSAL:

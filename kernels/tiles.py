@@ -133,14 +133,11 @@ def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = Fals
 
 @functools.cache
 def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool) -> Tile:
-    own = _overrides(path).get(architecture, {}).get(dtype, {})
-    if any(largest >= head_dim for largest in own):
-        return own[min(largest for largest in own if largest >= head_dim)]
-    architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
-    rows = TABLE[architecture][bits]
-    largest = min(largest for largest in rows if largest >= head_dim)
-    special = WITH_ENTROPY.get(architecture, {}).get(bits, {}) if entropy else {}
-    return special.get(largest, rows[largest])
+    rows = _overrides(path).get(architecture, {}).get(dtype, {})
+    if not any(largest >= head_dim for largest in rows):
+        architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
+        rows = TABLE[architecture][bits] | (WITH_ENTROPY.get(architecture, {}).get(bits, {}) if entropy else {})
+    return rows[min(largest for largest in rows if largest >= head_dim)]
 
 
 def reload() -> None:
@@ -170,7 +167,7 @@ def constexprs(
     E1, E2 = split_head_dim(value_dim)
     matrix_units = _has_matrix_units(architecture, dtype, max(head_dim, value_dim))
     # A row's columns lie side by side in its threads with matrix units, unless a full mask brings its own layout.
-    # Elsewhere each column is added up by itself: sums across threads could differ from thread to thread.
+    # Elsewhere the compiler adds up a row as it likes; threads that hold one row twice may differ in the last bit.
     columns = 16 if table_architecture(architecture) == "gfx1100" else 8
     partials = columns if matrix_units and not mask_rows else tile.block_n
     return {

@@ -19,11 +19,9 @@ import torch
 from entropy_attn.kernels.tiles import HEAD_DIMS
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
+TRITON_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}  # by the table's names
+TRITON_HEAD_DIMS = frozenset(HEAD_DIMS)
 Outputs = tuple[torch.Tensor, Any, Any]  # out, lse, entropy; what was not asked for is None
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-_HEAD_DIMS = frozenset(HEAD_DIMS)
 
 
 class Choice(NamedTuple):
@@ -60,7 +58,7 @@ def triton_obstacle(query: torch.Tensor, value: torch.Tensor) -> str | None:
     if query.dtype not in TRITON_DTYPES:
         return f"the Triton kernel takes float16, bfloat16 and float32, got query of {query.dtype}"
     for name, head_dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if head_dim not in _HEAD_DIMS:
+        if head_dim not in TRITON_HEAD_DIMS:
             return f"the Triton kernel takes head dims 8, 16, 24 ... 256 and 512, got {name} with head dim {head_dim}"
     if query.device.type == "cuda" and torch.version.hip is None:
         capability = _capability(query.device)
@@ -89,10 +87,15 @@ def load(name: str) -> Callable[..., Outputs]:
     return importlib.import_module(f"entropy_attn.backends.{name}").forward
 
 
+def heads_lie_inside_tokens(tensor: torch.Tensor) -> bool:
+    """Whether a (B, H, N, D) tensor is (B, N, H, D) in memory, as Diffusers has it."""
+    return tensor.stride(1) < tensor.stride(2)
+
+
 def new_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool, return_entropy: bool) -> Outputs:
     """Uninitialised (out, lse, entropy): out in the memory order of query, as SDPA does it."""
     B, H, Nq, _ = query.shape
-    if query.stride(1) < query.stride(2):  # heads lie inside tokens: (B, Nq, H, Dv) in memory
+    if heads_lie_inside_tokens(query):
         out = query.new_empty((B, Nq, H, value.shape[3])).transpose(1, 2)
     else:
         out = query.new_empty((B, H, Nq, value.shape[3]))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from entropy_attn.backends import new_outputs
+from entropy_attn.backends import heads_lie_inside_tokens, new_outputs
 
 # A thread works on ROWS queries against KEYS keys at a time: with their exponentials they fit a core's level-2 cache.
 ROWS, KEYS = 512, 256
@@ -44,8 +44,8 @@ def _sdpa(query, key, value, attn_mask, scale, is_causal):
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != H
     )
-    heads_inside = query.stride(1) < query.stride(2)  # the memory order of `new_outputs`
-    strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_inside else (H * Nq * Dv, Nq * Dv, Dv, 1)
+    # Those of `new_outputs`, without making them.
+    strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_lie_inside_tokens(query) else (H * Nq * Dv, Nq * Dv, Dv, 1)
     if result.stride() == strides:
         return result, None, None
     out, _, _ = new_outputs(query, value, False, False)

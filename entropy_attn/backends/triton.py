@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from entropy_attn.backends import new_outputs
+from entropy_attn.backends import TRITON_DTYPES, new_outputs
 from entropy_attn.kernels import split, tiles
 from entropy_attn.kernels.attention import attention_forward
 
-_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _HERE = contextlib.nullcontext()
 
 
@@ -29,24 +28,20 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
         query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     device = query.device
     gpu = _gpu(device)
-    tile = tiles.find_tile(gpu.architecture, _NAMES[query.dtype], max(D, Dv), return_entropy)
+    tile = tiles.find_tile(gpu.architecture, TRITON_DTYPES[query.dtype], max(D, Dv), return_entropy)
     programs = B * H * -(-Nq // tile.block_m)
     splits = split.key_splits(programs, Nk, tile, gpu.processors)
+    grid: tuple[int, ...] = (programs,)
+    results = (out, lse, entropy)
+    if splits > 1:
+        parts = query.new_empty((splits, B, H, Nq, Dv), dtype=torch.float32)
+        part_lse = query.new_empty((splits, B, H, Nq), dtype=torch.float32)
+        part_entropy = torch.empty_like(part_lse) if return_entropy else None
+        grid = (programs, splits)
+        results = (parts[0], part_lse, part_entropy)
     with _on(device):
-        if splits == 1:
-            _launch(
-                (programs,), tile, gpu.architecture, query, key, value, attn_mask, scale, is_causal,
-                out, lse, entropy, Nk, False,
-            )  # fmt: skip
-        else:
-            parts = query.new_empty((splits, B, H, Nq, Dv), dtype=torch.float32)
-            part_lse = query.new_empty((splits, B, H, Nq), dtype=torch.float32)
-            part_entropy = torch.empty_like(part_lse) if return_entropy else None
-            keys_per_split = -(-Nk // (tile.block_n * splits)) * tile.block_n
-            _launch(
-                (programs, splits), tile, gpu.architecture, query, key, value, attn_mask, scale, is_causal,
-                parts[0], part_lse, part_entropy, keys_per_split, True,
-            )  # fmt: skip
+        _launch(grid, tile, gpu.architecture, query, key, value, attn_mask, scale, is_causal, *results)
+        if splits > 1:
             split.merge_splits[(-(-B * H * Nq // split.MERGED_ROWS),)](
                 parts, part_lse, part_entropy, out, lse, entropy,
                 *out.stride()[:3], B * H * Nq, H, Nq, splits,
@@ -56,10 +51,9 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
 
 
 def _launch(
-    grid, tile, architecture, query, key, value, attn_mask, scale, is_causal, out, lse, entropy,
-    keys_per_split, is_split,
+    grid, tile, architecture, query, key, value, attn_mask, scale, is_causal, out, lse, entropy
 ):  # fmt: skip
-    """Run the kernel over a grid; lse and entropy are None where they are not wanted."""
+    """Run the kernel over a grid of (programs,) or (programs, splits); lse and entropy are None if not wanted."""
     mask_kind, mask_strides = "none", (0, 0, 0, 0)
     if attn_mask is not None:
         mask_kind, mask_strides = "bool" if attn_mask.dtype == torch.bool else "bias", attn_mask.stride()
@@ -76,17 +70,19 @@ def _launch(
     unit = 1 if functools.reduce(operator.or_, strides) & 7 else 8
     farthest = max(tile.block_m, tile.block_n) * max(q[2], k[2], v[2], o[2], mask_strides[2], mask_strides[3])
     H, Nq, D = query.shape[1:]
+    Nk = key.shape[2]
+    keys_per_split = Nk if len(grid) == 1 else -(-Nk // (tile.block_n * grid[1])) * tile.block_n
     dtype = query.dtype
     constants = _constants(
-        architecture, _NAMES[dtype], D, value.shape[3], tile, is_causal, mask_kind,
+        architecture, TRITON_DTYPES[dtype], D, value.shape[3], tile, is_causal, mask_kind,
         mask_strides[2] != 0 and Nq > 1,
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
-        unit, farthest >= 2**31, is_split,
+        unit, farthest >= 2**31, len(grid) > 1,
     )  # fmt: skip
     attention_forward[grid](
         query, key, value, attn_mask, scale_tensor, out, lse, entropy, scale,
         *(strides if unit == 1 else [s >> 3 for s in strides]), *mask_strides, *scale_strides,
-        H, key.shape[1], Nq, key.shape[2], keys_per_split, **constants,
+        H, key.shape[1], Nq, Nk, keys_per_split, **constants,
     )  # fmt: skip
 
 
@@ -105,7 +101,7 @@ def _constants(
 def tile_for(query: torch.Tensor, value: torch.Tensor, return_entropy: bool) -> tiles.Tile:
     """The tile of the table for these tensors on their device."""
     head_dim = max(query.shape[3], value.shape[3])
-    return tiles.find_tile(_gpu(query.device).architecture, _NAMES[query.dtype], head_dim, return_entropy)
+    return tiles.find_tile(_gpu(query.device).architecture, TRITON_DTYPES[query.dtype], head_dim, return_entropy)
 
 
 class _Gpu(NamedTuple):
