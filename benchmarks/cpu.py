@@ -15,6 +15,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
+from peers import textbook
 from tqdm import tqdm
 
 from entropy_attn import attention
@@ -22,13 +23,6 @@ from entropy_attn import attention
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 COLOURS = {"ours": "tab:blue", "ours with entropy": "tab:red", "textbook entropy": "tab:grey"}
 HELD_SCORES = 1 << 28  # beyond as many the textbook is left out
-
-
-def textbook(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and entropy from a softmax held in memory."""
-    log_p = (query @ key.mT * query.shape[-1] ** -0.5).log_softmax(-1, dtype=torch.float32)
-    p = log_p.exp()
-    return p.to(value.dtype) @ value, -(p * log_p).sum(-1)
 
 
 def measure(dtype: str, N: int, heads: int, head_dim: int, rounds: int) -> dict[str, Any]:
@@ -96,11 +90,9 @@ def main() -> None:
         for dtype, D, N in (progress := tqdm(cases, file=sys.stderr)):
             progress.set_description(f"{dtype} D = {D} N = {N}")
             record.add(measure(dtype, N, arguments.heads, D, arguments.rounds))
-    text = f"{harness.describe(record.machine)}, {arguments.rounds} rounds\n\n{table(record.rows)}\n"
-    markdown, picture = arguments.out.with_suffix(".md"), arguments.out.with_suffix(".png")
-    markdown.write_text(text)
+    picture = arguments.out.with_suffix(".png")
     draw(record.rows, record.machine, picture)
-    print(f"\n{text}")
+    markdown = harness.write_tables(arguments.out, record.machine, f"{arguments.rounds} rounds\n\n{table(record.rows)}")
     print(f"wrote {arguments.out}, {markdown}, {picture}", file=sys.stderr)
 
 

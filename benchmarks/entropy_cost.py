@@ -23,6 +23,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
+from peers import textbook
 from tqdm import tqdm
 
 from entropy_attn import attention
@@ -65,12 +66,6 @@ def attention_and_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return out, lse[:, :, : query.shape[2]]  # some kernels pad it
 
 
-def held(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Result:
-    log_p = (query * query.shape[-1] ** -0.5 @ key.mT).log_softmax(-1, dtype=torch.float32)
-    p = log_p.exp()
-    return p.to(value.dtype) @ value, -(p * log_p).sum(-1)
-
-
 def measure(N: int, dtype: str, shape: tuple[int, int, int], rounds: int, device: str) -> list[dict[str, Any]]:
     """A row for each way; one that runs out of memory has the reason in the place of its figures."""
     B, H, D = shape
@@ -85,7 +80,7 @@ def measure(N: int, dtype: str, shape: tuple[int, int, int], rounds: int, device
         SDPA: lambda: F.scaled_dot_product_attention(query, key, value),
         SAME_PASS: lambda: same_pass(query, key, value),
         TWO_PASSES: lambda: two_passes(query, key, value),
-        HELD: lambda: held(query, key, value),
+        HELD: lambda: textbook(query, key, value),
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, way in list(ways.items()):
@@ -156,13 +151,11 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
 def report(path: Path) -> None:
     """Table and picture of a saved run, next to it."""
     machine, rows = harness.load(path)
-    text = f"{harness.describe(machine)}\n\n{tables(rows)}\n"
-    path.with_suffix(".md").write_text(text)
     draw(rows, machine, path.with_suffix(".png"))
-    print(f"\n{text}")
+    markdown = harness.write_tables(path, machine, tables(rows))
     ratios = [row["time_to_sdpa"] for row in rows if row["way"] == SAME_PASS]
     print(f"same pass: {statistics.median(ratios):.2f} times SDPA without entropy, in the median of these cases")
-    print(f"wrote {path}, {path.with_suffix('.md')}, {path.with_suffix('.png')}", file=sys.stderr)
+    print(f"wrote {path}, {markdown}, {path.with_suffix('.png')}", file=sys.stderr)
 
 
 def main() -> None:
@@ -174,9 +167,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("build/entropy_cost.json"), help="default: %(default)s")
-    parser.add_argument("--picture-from", type=Path, metavar="JSON", help="draw a saved run again and measure nothing")
+    harness.add_run_options(parser, "entropy_cost")
     arguments = parser.parse_args()
     if arguments.picture_from:
         return report(arguments.picture_from)

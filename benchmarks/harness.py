@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import importlib.metadata
@@ -218,6 +219,22 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Machine and rows of a file that `Record` wrote."""
     saved = json.loads(Path(path).read_text())
     return saved["machine"], saved["rows"]
+
+
+def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options of a script that keeps its runs, and can draw a kept one again."""
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(f"build/{name}.json"), help="default: %(default)s")
+    parser.add_argument("--picture-from", type=Path, metavar="JSON", help="draw a saved run again and measure nothing")
+
+
+def write_tables(path: Path, machine: dict[str, Any], tables: str) -> Path:
+    """Print the tables of the run kept at `path` under a line on the machine, and write them beside it."""
+    text = f"{describe(machine)}\n\n{tables}\n"
+    written = path.with_suffix(".md")
+    written.write_text(text)
+    print(f"\n{text}")
+    return written
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

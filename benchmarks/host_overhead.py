@@ -97,15 +97,12 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500, help="of each way in a round (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/host_overhead.json"), help="default: %(default)s")
     arguments = parser.parse_args()
-    times = measure(arguments.rounds, arguments.calls)
-    rows = [row_of(name, times) for name in times]
-    with harness.Record(arguments.out, rounds=arguments.rounds, calls=arguments.calls) as record:
-        record.add(*rows)
-    lines = [[f"{x:.1f}" if isinstance(x, float) else x for x in row.values()] for row in rows]
-    table = harness.markdown(list(rows[0]), lines)
-    print(table)
-    arguments.out.with_suffix(".md").write_text(table + "\n")
-    picture(rows, arguments.out.with_suffix(".png"))
+    with harness.Record(arguments.out, "cpu", rounds=arguments.rounds, calls=arguments.calls) as record:
+        times = measure(arguments.rounds, arguments.calls)
+        record.add(*(row_of(name, times) for name in times))
+    lines = [[f"{x:.1f}" if isinstance(x, float) else x for x in row.values()] for row in record.rows]
+    harness.write_tables(arguments.out, record.machine, harness.markdown(list(record.rows[0]), lines))
+    picture(record.rows, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

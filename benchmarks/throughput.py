@@ -190,10 +190,8 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
 def report(path: Path) -> None:
     """Table and pictures of a saved run, next to it."""
     machine, rows = harness.load(path)
-    text = f"{harness.describe(machine)}\n\n{tables(rows)}\n"
-    path.with_suffix(".md").write_text(text)
-    written = [path, path.with_suffix(".md"), *draw(rows, machine, path)]
-    print(f"\n{text}")
+    pictures = draw(rows, machine, path)
+    written = [path, harness.write_tables(path, machine, tables(rows)), *pictures]
     print("wrote " + ", ".join(str(p) for p in written), file=sys.stderr)
 
 
@@ -212,11 +210,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, help="default: float16, float32 on a CPU")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="SDPA always runs; default: all that are installed")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes, to try the script")
     parser.add_argument("--quick", action="store_true", help="one size, two lengths, two rounds")
-    parser.add_argument("--out", type=Path, default=Path("build/throughput.json"), help="default: %(default)s")
-    parser.add_argument("--picture-from", type=Path, metavar="JSON", help="draw a saved run again and measure nothing")
+    harness.add_run_options(parser, "throughput")
     arguments = parser.parse_args()
     if arguments.picture_from:
         return report(arguments.picture_from)
