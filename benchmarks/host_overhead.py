@@ -85,7 +85,7 @@ def picture(rows: list[dict], path: Path) -> None:
     axes.axvline(
         LIMITS["launch"], color="tab:red", linewidth=1, label=f"our limit for a launch, {LIMITS['launch']:.0f}"
     )
-    axes.set_xlabel("microseconds a call, the quickest of the rounds; 'launch' without Triton's own launcher")
+    axes.set_xlabel("microseconds a call, at the quickest (launch: without Triton's launcher)")
     axes.legend(frameon=False, loc="upper right")
     axes.margins(x=0.12)
     figure.savefig(path, dpi=120)
