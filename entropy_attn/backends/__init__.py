@@ -1,8 +1,8 @@
 """Which backend runs a call. Each is a module with one function ``forward``, imported when first needed.
 
 ``forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy) -> (out, lse, entropy)`` takes
-tensors in (B, H, N, D), `attn_mask` expanded to (B, H, Nq, Nk) or None, and `scale` a float or a tensor expanded to
-(B, H); what was not asked for comes back as None.
+tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float or a tensor expanded to (B, H); what
+was not asked for comes back as None.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from entropy_attn.kernels.tiles import HEAD_DIMS
 BACKENDS = ("auto", "triton", "cpu", "reference")
 Outputs = tuple[torch.Tensor, Any, Any]  # out, lse, entropy; what was not asked for is None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
 _HEAD_DIMS = frozenset(HEAD_DIMS)
+_forwards: dict[tuple, Callable[..., Outputs]] = {}
 
 
 class Choice(NamedTuple):
@@ -84,15 +83,23 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
-def load(name: str) -> Callable[..., Outputs]:
-    return importlib.import_module(f"entropy_attn.backends.{name}").forward
+def load(query: torch.Tensor, value: torch.Tensor, backend: str) -> Callable[..., Outputs]:
+    """The ``forward`` that runs a call, chosen once for all that are alike in what `choose` looks at."""
+    device = query.device
+    interpreted = backend == "triton" and device.type == "cpu" and interpreting()
+    alike = (device, query.dtype, query.size(3), value.size(3), backend, interpreted)
+    forward = _forwards.get(alike)
+    if forward is None:
+        name = choose(query, value, backend).name
+        forward = _forwards[alike] = importlib.import_module(f"entropy_attn.backends.{name}").forward
+    return forward
 
 
 def new_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool, return_entropy: bool) -> Outputs:
     """Uninitialised (out, lse, entropy): out in the memory order of query, as SDPA does it."""
     B, H, Nq, _ = query.shape
-    if query.stride(1) < query.stride(2):  # heads lie inside tokens: (B, Nq, H, Dv) in memory
+    _, of_head, of_token, _ = query.stride()
+    if of_head < of_token:  # heads lie inside tokens: (B, Nq, H, Dv) in memory
         out = query.new_empty((B, Nq, H, value.shape[3])).transpose(1, 2)
     else:
         out = query.new_empty((B, H, Nq, value.shape[3]))

@@ -27,6 +27,8 @@ LOWEST = torch.finfo(torch.float32).min
 
 def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
     hides = is_causal or attn_mask is not None
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     clean = not hides or bool(key.isfinite().all() and value.isfinite().all())
     if clean and key.shape[2] > 0 and not (return_lse or return_entropy or isinstance(scale, torch.Tensor)):
         return _sdpa(query, key, value, attn_mask, scale, is_causal)
@@ -44,7 +46,8 @@ def _sdpa(query, key, value, attn_mask, scale, is_causal):
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != H
     )
-    heads_inside = query.stride(1) < query.stride(2)  # the memory order of `new_outputs`
+    _, of_head, of_token, _ = query.stride()
+    heads_inside = of_head < of_token  # the memory order of `new_outputs`
     strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_inside else (H * Nq * Dv, Nq * Dv, Dv, 1)
     if result.stride() == strides:
         return result, None, None
