@@ -14,13 +14,12 @@ run at present, since they would otherwise fall to the next larger entry.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,8 @@ HEAD_DIMS = [40, 64, 80, 128, 160]
 CHECKED_TOKENS = 333  # whole blocks and an edge
 
 
-@contextlib.contextmanager
-def use_tile(tile: Tile) -> Iterator[None]:
-    """Every launch inside runs with this tile."""
-    find_tile = tiles.find_tile
-    tiles.find_tile = lambda *_: tile
-    try:
-        yield
-    finally:
-        tiles.find_tile = find_tile
-
-
 def run(tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, entropy: bool) -> Any:
-    with use_tile(tile):
+    with tiles.override(tile):
         return attention(query, key, value, return_entropy=entropy, backend="triton")
 
 

@@ -43,7 +43,7 @@ def check(
         _check_mask(attn_mask, query, key)
     _check_scale(scale, query, train_tokens, train_entropy, num_tokens)
     if torch.is_grad_enabled():
-        _check_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale)
+        _refuse_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale)
 
 
 def _refuse_flags(**flags) -> None:
@@ -53,34 +53,34 @@ def _refuse_flags(**flags) -> None:
 
 
 def _check_tensors(query, key, value) -> None:
-    if query.dtype not in DTYPES:
+    dtype, device = query.dtype, query.device
+    if dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ValueError(f"query must be of {allowed}, got {query.dtype}")
-    if query.dtype == key.dtype == value.dtype and query.device == key.device == value.device:
+        raise ValueError(f"query must be of {allowed}, got {dtype}")
+    if dtype == key.dtype == value.dtype and device == key.device == value.device:
         return
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must have the dtype of query, {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
 
 
 def _check_shapes(query, key, value, enable_gqa) -> None:
     B, H, _, D = query.shape
-    Hkv, Nk = key.shape[1], key.shape[2]
+    Bk, Hkv, Nk, Dk = key.shape
+    Bv, Hv, Nv, _ = value.shape
     if D == 0:
         raise ValueError("query must have a head dim of at least 1, got 0")
-    if key.shape[0] != B or value.shape[0] != B:
+    if Bk != B or Bv != B:
         raise ValueError(
-            f"query, key and value must have the same batch size, got {B}, {key.shape[0]} and {value.shape[0]} "
+            f"query, key and value must have the same batch size, got {B}, {Bk} and {Bv} "
             "(a view made by .expand() costs no memory)"
         )
-    if key.shape[3] != D:
-        raise ValueError(f"key must have the head dim of query, {D}, got {key.shape[3]}")
-    if value.shape[1] != Hkv or value.shape[2] != Nk:
-        raise ValueError(
-            f"value must have the heads and tokens of key, {Hkv} and {Nk}, got {value.shape[1]} and {value.shape[2]}"
-        )
+    if Dk != D:
+        raise ValueError(f"key must have the head dim of query, {D}, got {Dk}")
+    if Hv != Hkv or Nv != Nk:
+        raise ValueError(f"value must have the heads and tokens of key, {Hkv} and {Nk}, got {Hv} and {Nv}")
     if Hkv == H:
         return
     if not enable_gqa:
@@ -96,11 +96,16 @@ def _check_mask(attn_mask, query, key) -> None:
         raise ValueError(f"attn_mask must be of torch.bool, torch.float32 or {query.dtype}, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
-    wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    B, H, Nq, _ = query.shape
+    Nk = key.shape[2]
     given = tuple(attn_mask.shape)
-    axes = len(given)
-    if not (2 <= axes <= 4 and all(n in (1, w) for n, w in zip(given, wanted[4 - axes :], strict=True))):
-        raise ValueError(f"attn_mask must broadcast to (B, H, Nq, Nk) = {wanted} from 2 to 4 axes, got shape {given}")
+    if 2 <= len(given) <= 4:
+        b, h, m, n = given if len(given) == 4 else (1, 1, *given)[-4:]
+        if b in (1, B) and h in (1, H) and m in (1, Nq) and n in (1, Nk):
+            return
+    raise ValueError(
+        f"attn_mask must broadcast to (B, H, Nq, Nk) = {(B, H, Nq, Nk)} from 2 to 4 axes, got shape {given}"
+    )
 
 
 def _check_scale(scale, query, train_tokens, train_entropy, num_tokens) -> None:
@@ -136,7 +141,7 @@ def _check_scale_tensor(scale, query) -> None:
         raise ValueError(f"scale must have shape (), (B,) = ({B},) or (B, H) = ({B}, {H}), got {tuple(scale.shape)}")
 
 
-def _check_grad(**inputs) -> None:
+def _refuse_grad(**inputs) -> None:
     for name, tensor in inputs.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise ValueError(

@@ -9,8 +9,18 @@ import functools
 import math
 
 import torch
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _dispatch_keys,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 
-from entropy_attn.backends import choose, load, new_outputs
+from entropy_attn.backends import load, new_outputs
 from entropy_attn.scale import entropy_scale
 
 _library = torch.library.Library("entropy_attn", "DEF")
@@ -27,7 +37,7 @@ def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) 
     if train_tokens is not None:
         num_tokens = Nk if num_tokens is None else num_tokens
         return entropy_scale(num_tokens, train_tokens, head_dim, train_entropy)
-    return 1.0 / math.sqrt(head_dim) if scale is None else scale
+    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
 # For the operator, whose sizes are numbers when it runs; those of a graph being traced cannot be looked up.
@@ -39,14 +49,11 @@ def forward(
     is_causal, return_lse, return_entropy, backend,
 ):  # fmt: skip
     """What the operator does, on arguments that `attention` has checked."""
-    B, H, Nq, _ = query.shape
     if scale_tensor is None:
         scale = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
     else:  # (), (B,) or (B, H)
-        scale = scale_tensor[:, None].expand(B, H) if scale_tensor.dim() == 1 else scale_tensor.expand(B, H)
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(B, H, Nq, key.shape[2])
-    run = load(choose(query, value, backend).name)
+        scale = (scale_tensor[:, None] if scale_tensor.dim() == 1 else scale_tensor).expand(query.shape[:2])
+    run = load(query, value, backend)
     return run(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy)
 
 
@@ -64,10 +71,15 @@ _library.impl("attention", _operator, "CompositeExplicitAutograd")
 
 def call(*arguments):
     """The operator; past PyTorch's dispatcher, the slowest part of a call, where that would only pass it on."""
+    query, key, value, attn_mask, scale_tensor = arguments[:5]
     if (
         not torch.compiler.is_compiling()
         and not _watched()
-        and all(tensor is None or _is_plain(tensor) for tensor in arguments[:5])
+        and _is_plain(query)
+        and _is_plain(key)
+        and _is_plain(value)
+        and _is_plain(attn_mask)
+        and _is_plain(scale_tensor)
     ):
         return forward(*arguments)
     return torch.ops.entropy_attn.attention(*arguments)
@@ -75,7 +87,7 @@ def call(*arguments):
 
 def _plain_keys() -> set[int]:
     """The dispatch keys of ordinary tensors on the CPU and on a GPU, inside inference mode and outside of it."""
-    keys, one = torch._C.DispatchKey, torch._C.DispatchKeySet
+    keys, one = DispatchKey, DispatchKeySet
     CPU = one(keys.CPU).add(keys.AutocastCPU)
     GPU = one(keys.CUDA).add(keys.AutocastCUDA)
     sets = (
@@ -88,19 +100,19 @@ def _plain_keys() -> set[int]:
 _PLAIN_KEYS = _plain_keys()
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def _is_plain(tensor: torch.Tensor | None) -> bool:
     """Whether the dispatcher would hand it over as it is: no subclass or wrapper, no negation put off until read."""
-    return type(tensor) is torch.Tensor and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS
+    return tensor is None or (type(tensor) is torch.Tensor and _dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS)
 
 
 def _watched() -> bool:
     """Whether something looks at operators as they are dispatched: a mode, a transform, a tracer, a profiler."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 

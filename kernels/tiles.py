@@ -10,9 +10,11 @@ ENTROPY_ATTN_TILES names a JSON file whose entries go before the table: {"sm_80"
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,24 +128,49 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
 WITH_ENTROPY: dict[str, dict[int, dict[int, Tile]]] = {"sm_80": {16: {64: Tile(256, 64, 8, 2, spills=8)}}}
 
 
+_override: Tile | None = None
+_caches: list[Any] = []
+
+
+def cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """functools.cache for what depends on `find_tile`: `reload` and `override` empty it."""
+    _caches.append(functools.cache(function))
+    return _caches[-1]
+
+
+def reload() -> None:
+    """Forget what ENTROPY_ATTN_TILES named and held. Launches read it once; after a change, call this."""
+    for cache in _caches:
+        cache.cache_clear()
+
+
+@contextlib.contextmanager
+def override(tile: Tile) -> Iterator[None]:
+    """Every launch inside runs with this tile, in all threads."""
+    global _override
+    before, _override = _override, tile
+    reload()
+    try:
+        yield
+    finally:
+        _override = before
+        reload()
+
+
 def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False) -> Tile:
     """The tile for an architecture ("sm_80", "gfx942"), a dtype ("float16") and the larger of the two head dims."""
+    if _override is not None:
+        return _override
     return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy)
 
 
-@functools.cache
+@cached
 def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool) -> Tile:
     rows = _overrides(path).get(architecture, {}).get(dtype, {})
     if not any(largest >= head_dim for largest in rows):
         architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
         rows = TABLE[architecture][bits] | (WITH_ENTROPY.get(architecture, {}).get(bits, {}) if entropy else {})
     return rows[min(largest for largest in rows if largest >= head_dim)]
-
-
-def reload() -> None:
-    """Read the file that ENTROPY_ATTN_TILES names anew at the next launch."""
-    _overrides.cache_clear()
-    _find_tile.cache_clear()
 
 
 def table_architecture(architecture: str) -> str:
@@ -205,7 +232,7 @@ def whole(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-@functools.cache
+@cached
 def _overrides(path: str) -> dict[str, dict[str, dict[int, Tile]]]:
     if not path:
         return {}

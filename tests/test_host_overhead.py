@@ -1,17 +1,28 @@
 """What a call costs the host, and that the way past PyTorch's dispatcher is the operator's own."""
 
+import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from entropy_attn.kernels import tiles
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropy_attn import attention
+from entropy_attn import attention, entropy_scale, explain, op
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+USUAL_SDPA = 6.2  # microseconds, where the limits were set
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="CPU tensors reach the kernel in the interpreter only"
+)
+BACKENDS = ["cpu", "reference", pytest.param("triton", marks=INTERPRETED)]
 
 
 @pytest.fixture
@@ -26,14 +37,18 @@ def host_overhead(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measured with tensors on the CPU, in the interpreter's place")
 def test_limits(host_overhead):
-    """Twice the limits, as this machine may be slow or busy: the quickest of many short rounds, in up to five tries."""
-    for _ in range(5):
-        times = {name: min(rounds) for name, rounds in host_overhead.measure(rounds=20, calls=100).items()}
-        over = {name: t - 2 * host_overhead.LIMITS["launch"] for name, t in times.items() if name.startswith("launch")}
-        over["cpu"] = times["cpu"] - times["sdpa"] - 2 * host_overhead.LIMITS["cpu"]
+    """The quickest of many short rounds, a fifth for noise; a core slower at SDPA may be as much slower at ours."""
+    quickest: dict[str, float] = {}
+    for _ in range(10):
+        for name, rounds in host_overhead.measure(rounds=10, calls=100).items():
+            quickest[name] = min(*rounds, quickest.get(name, 1e9))
+        slowness = 1.2 * max(1.0, quickest["sdpa"] / USUAL_SDPA)
+        launch, cpu = (slowness * host_overhead.LIMITS[name] for name in ("launch", "cpu"))
+        over = {name: t - launch for name, t in quickest.items() if name.startswith("launch")}
+        over["cpu"] = quickest["cpu"] - quickest["sdpa"] - cpu
         if max(over.values()) <= 0:
             return
-    pytest.fail(f"microseconds over twice the limit: {over}; load {os.getloadavg()}")
+    pytest.fail(f"microseconds over the limits: {over}; load {os.getloadavg()}")
 
 
 def tensors(dtype=torch.float32):
@@ -51,17 +66,156 @@ class Watcher(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"return_entropy": True}, {"return_lse": True, "train_tokens": 9}])
-def test_dispatched_and_direct_calls_agree(options):
-    direct = attention(*tensors(), **options)
-    with Watcher() as watcher:
-        dispatched = attention(*tensors(), **options)
-    assert torch.ops.entropy_attn.attention.default in watcher.seen
-    for a, b in zip(direct, dispatched, strict=True) if options else [(direct, dispatched)]:
-        assert (a is None and b is None) or torch.equal(a, b)
+def call(*inputs, **options):
+    """What attention returns, or raises, as something that can be compared."""
+    try:
+        result = attention(*inputs, **options)
+    except (TypeError, ValueError) as error:
+        return [f"{type(error).__name__}: {error}"]
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def same(a, b):
+    return torch.equal(a, b) and a.stride() == b.stride() if isinstance(a, torch.Tensor) else a == b
+
+
+def check_both_ways(*inputs, **options):
+    """Past the dispatcher and through it."""
+    direct = call(*inputs, **options)
+    with mock.patch.object(op, "_watched", return_value=True):
+        dispatched = call(*inputs, **options)
+    assert all(same(a, b) for a, b in zip(direct, dispatched, strict=True))
+    return direct
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_entropy": True},
+        {"return_lse": True, "train_tokens": 9, "train_entropy": 1},
+        {"attn_mask": torch.arange(30) < 20, "scale": 1, "return_entropy": True},
+        {"scale": torch.tensor([0.1, 0.2]), "layout": "bnhd", "return_lse": True},
+    ],
+)
+def test_dispatched_and_direct_calls_agree(options, mode, backend):
+    inputs = tensors()
+    if options.get("layout") == "bnhd":
+        inputs = [x.transpose(1, 2) for x in inputs]
+    if "attn_mask" in options:
+        options = options | {"attn_mask": options["attn_mask"][None, :]}
+    with mode():
+        assert isinstance(check_both_ways(*inputs, **options, backend=backend)[0], torch.Tensor)
+
+
+@pytest.mark.parametrize("options", [{"train_tokens": 1}, {"train_tokens": 9, "train_entropy": 2.5, "num_tokens": 50}])
+def test_errors_agree(options):
+    assert "ValueError: train_" in check_both_ways(*tensors(), **options)[0]
+
+
+@INTERPRETED
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_negation_still_to_be_done(which, backend):
+    """The memory of such a tensor holds its negative: only the dispatcher sees to it that the kernel reads it right."""
+    inputs = [*tensors(), torch.randn(20, 30), torch.tensor(0.3)]
+    query, key, value, mask, scale = (torch._neg_view(-x) if i == which else x for i, x in enumerate(inputs))
+    given = attention(query, key, value, mask, scale=scale, backend=backend)
+    assert torch.equal(given, attention(*inputs[:4], scale=inputs[4], backend=backend))
+
+
+def test_what_is_plain():
+    x = torch.zeros(2)
+    assert op._is_plain(x)
+    assert op._is_plain(x.expand(3, 2))
+    assert op._is_plain(x.bool())
+    with torch.inference_mode():
+        assert op._is_plain(torch.zeros(2))
+    others = [torch._neg_view(x), torch._efficientzerotensor((2,)), torch._to_functional_tensor(x), x.to_sparse()]
+    others += [x.to("meta"), x.to_mkldnn(), torch.nn.Parameter(x)]
+    assert not any(op._is_plain(x) for x in others)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_plain_tensors_of_a_gpu(inference):
+    with FakeTensorMode(), torch.inference_mode(inference):
+        keys = torch._C._dispatch_keys(torch.empty(2, device="cuda"))
+    for fake in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
+        keys = keys.remove(fake)
+    assert keys.raw_repr() in op._PLAIN_KEYS
+
+
+def test_a_compiled_graph_holds_the_operator():
+    graphs = []
+    torch._dynamo.reset()
+    torch.compile(lambda *x: attention(*x), backend=lambda graph, _: graphs.append(graph) or graph)(*tensors())
+    assert [n.target for n in graphs[0].graph.nodes if "entropy_attn" in str(n.target)]
+
+
+def test_explain_takes_sizes_that_are_not_known():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC] * 2 + [DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    query, key, value = (
+        mode.from_tensor(x, source=ConstantSource(f"x{i}"), symbolic_context=context) for i, x in enumerate(tensors())
+    )
+    assert explain(query, key, value, train_tokens=64).scale == entropy_scale(30, 64, 16)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("shape", [(20, 30), (1, 30), (20, 1), (2, 1, 30), (1, 20, 30), (2, 1, 1, 30), (1, 2, 20, 30)])
+@pytest.mark.parametrize("floating", [False, True])
+def test_masks_are_broadcast(shape, floating):
+    mask = torch.randn(shape)
+    mask = mask if floating else mask > 0
+    options = {"return_entropy": True, "backend": "triton"}
+    given = attention(*tensors(), mask, **options)
+    expanded = attention(*tensors(), mask.expand(2, 2, 20, 30), **options)
+    assert torch.equal(given.out, expanded.out)
+    assert torch.equal(given.entropy, expanded.entropy)
+    truth = attention(*tensors(), mask, return_entropy=True, backend="reference")
+    torch.testing.assert_close(given.out, truth.out, atol=1e-5, rtol=1e-5)
+
+
+@INTERPRETED
+def test_override_and_reload(tmp_path, monkeypatch):
+    from entropy_attn.backends import triton
+
+    def grid():
+        launch.clear()
+        attention(*tensors(), backend="triton")
+        return launch[0], explain(*tensors(), backend="triton").tile
+
+    launch: list = []
+    monkeypatch.setattr(triton, "_launch", lambda grid, tile, *rest: launch.append(tile))
+    monkeypatch.setenv("ENTROPY_ATTN_TILES", "")
+    tiles.reload()
+    present = tiles.find_tile("sm_80", "float32", 16)
+    one, other, mine = tiles.Tile(16, 16, 4, 1), tiles.Tile(32, 16, 4, 1), tiles.Tile(32, 32, 4, 1)
+    assert grid() == (present, present)
+    with tiles.override(one):
+        assert grid() == (one, one)
+        with tiles.override(other):
+            assert grid() == (other, other)
+        assert grid() == (one, one)
+    assert grid() == (present, present)
+
+    path = tmp_path / "tiles.json"
+    row = {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1}
+    path.write_text(json.dumps({"sm_80": {"float32": {"16": row}}}))
+    monkeypatch.setenv("ENTROPY_ATTN_TILES", str(path))
+    assert grid() == (present, present)  # read once
+    tiles.reload()
+    assert grid() == (mine, mine)
+    monkeypatch.undo()
+    tiles.reload()
 
 
 def test_whoever_watches_sees_the_operator():
+    with Watcher() as watcher:
+        attention(*tensors())
+    assert torch.ops.entropy_attn.attention.default in watcher.seen
     graph = make_fx(lambda *x: attention(*x))(*tensors())
     assert any(node.target is torch.ops.entropy_attn.attention.default for node in graph.graph.nodes)
     with torch.profiler.profile() as profile:

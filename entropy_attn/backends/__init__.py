@@ -1,8 +1,8 @@
 """Which backend runs a call. Each is a module with one function ``forward``, imported when first needed.
 
 ``forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy) -> (out, lse, entropy)`` takes
-tensors in (B, H, N, D), `attn_mask` expanded to (B, H, Nq, Nk) or None, and `scale` a float or a tensor expanded to
-(B, H); what was not asked for comes back as None.
+tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float or a tensor expanded to (B, H); what
+was not asked for comes back as None.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}  # by the table's names
 TRITON_HEAD_DIMS = frozenset(HEAD_DIMS)
 Outputs = tuple[torch.Tensor, Any, Any]  # out, lse, entropy; what was not asked for is None
+_forwards: dict[tuple, Callable[..., Outputs]] = {}
 
 
 class Choice(NamedTuple):
@@ -82,14 +83,22 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
-def load(name: str) -> Callable[..., Outputs]:
-    return importlib.import_module(f"entropy_attn.backends.{name}").forward
+def load(query: torch.Tensor, value: torch.Tensor, backend: str) -> Callable[..., Outputs]:
+    """The ``forward`` that runs a call, chosen once for all that are alike in what `choose` looks at."""
+    device = query.device
+    interpreted = backend == "triton" and device.type == "cpu" and interpreting()
+    alike = (device, query.dtype, query.size(3), value.size(3), backend, interpreted)
+    forward = _forwards.get(alike)
+    if forward is None:
+        name = choose(query, value, backend).name
+        forward = _forwards[alike] = importlib.import_module(f"entropy_attn.backends.{name}").forward
+    return forward
 
 
 def heads_lie_inside_tokens(tensor: torch.Tensor) -> bool:
     """Whether a (B, H, N, D) tensor is (B, N, H, D) in memory, as Diffusers has it."""
-    return tensor.stride(1) < tensor.stride(2)
+    _, of_head, of_token, _ = tensor.stride()
+    return of_head < of_token
 
 
 def new_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool, return_entropy: bool) -> Outputs:

@@ -27,6 +27,8 @@ LOWEST = torch.finfo(torch.float32).min
 
 def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
     hides = is_causal or attn_mask is not None
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     clean = not hides or bool(key.isfinite().all() and value.isfinite().all())
     if clean and key.shape[2] > 0 and not (return_lse or return_entropy or isinstance(scale, torch.Tensor)):
         return _sdpa(query, key, value, attn_mask, scale, is_causal)

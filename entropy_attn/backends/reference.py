@@ -19,6 +19,7 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
     if is_causal:
         visible = visible.tril()
     elif attn_mask is not None:
+        attn_mask = attn_mask.expand(scores.shape)
         visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != float("-inf")
         if attn_mask.dtype != torch.bool:
             scores = scores + attn_mask

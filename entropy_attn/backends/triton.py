@@ -20,15 +20,15 @@ _HERE = contextlib.nullcontext()
 def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
     out, lse, entropy = new_outputs(query, value, return_lse, return_entropy)
     B, H, Nq, D = query.shape
-    Nk, Dv = value.shape[2:]
+    _, _, Nk, Dv = value.shape
     if B * H * Nq == 0:
         return out, lse, entropy
     # The kernel reads rows of consecutive elements; a tensor that has none is copied.
-    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+    if not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1:
         query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     device = query.device
     gpu = _gpu(device)
-    tile = tiles.find_tile(gpu.architecture, TRITON_DTYPES[query.dtype], max(D, Dv), return_entropy)
+    tile = _tile(device, query.dtype, max(D, Dv), return_entropy)
     programs = B * H * -(-Nq // tile.block_m)
     splits = split.key_splits(programs, Nk, tile, gpu.processors)
     grid: tuple[int, ...] = (programs,)
@@ -54,10 +54,11 @@ def _launch(
     grid, tile, architecture, query, key, value, attn_mask, scale, is_causal, out, lse, entropy
 ):  # fmt: skip
     """Run the kernel over a grid of (programs,) or (programs, splits); lse and entropy are None if not wanted."""
-    mask_kind, mask_strides = "none", (0, 0, 0, 0)
+    mask_kind, mask_shape, mask_strides = "none", (), ()
     if attn_mask is not None:
-        mask_kind, mask_strides = "bool" if attn_mask.dtype == torch.bool else "bias", attn_mask.stride()
-        attn_mask = attn_mask.view(torch.uint8) if mask_kind == "bool" else attn_mask
+        mask_kind, mask_shape, mask_strides = "bias", attn_mask.shape, attn_mask.stride()
+        if attn_mask.dtype == torch.bool:
+            mask_kind, attn_mask = "bool", attn_mask.view(torch.uint8)
     scale_tensor: torch.Tensor | None = None
     scale_strides: tuple[int, ...] = (0, 0)
     if isinstance(scale, torch.Tensor):
@@ -65,25 +66,33 @@ def _launch(
     else:
         scale = ctypes.c_float(scale).value
 
-    q, k, v, o = query.stride(), key.stride(), value.stride(), out.stride()
-    strides = (*q[:3], *k[:3], *v[:3], *o[:3])
-    unit = 1 if functools.reduce(operator.or_, strides) & 7 else 8
-    farthest = max(tile.block_m, tile.block_n) * max(q[2], k[2], v[2], o[2], mask_strides[2], mask_strides[3])
-    H, Nq, D = query.shape[1:]
-    Nk = key.shape[2]
+    _, H, Nq, D = query.shape
+    _, Hkv, Nk, Dv = value.shape
+    strides, unit, farthest, mask_rows = _strides(
+        query.stride(), key.stride(), value.stride(), out.stride(), mask_shape, mask_strides
+    )
     keys_per_split = Nk if len(grid) == 1 else -(-Nk // (tile.block_n * grid[1])) * tile.block_n
     dtype = query.dtype
     constants = _constants(
-        architecture, TRITON_DTYPES[dtype], D, value.shape[3], tile, is_causal, mask_kind,
-        mask_strides[2] != 0 and Nq > 1,
+        architecture, TRITON_DTYPES[dtype], D, Dv, tile, is_causal, mask_kind, mask_rows,
         dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",
-        unit, farthest >= 2**31, len(grid) > 1,
+        unit, farthest * max(tile.block_m, tile.block_n) >= 2**31, len(grid) > 1,
     )  # fmt: skip
     attention_forward[grid](
-        query, key, value, attn_mask, scale_tensor, out, lse, entropy, scale,
-        *(strides if unit == 1 else [s >> 3 for s in strides]), *mask_strides, *scale_strides,
-        H, key.shape[1], Nq, Nk, keys_per_split, **constants,
+        query, key, value, attn_mask, scale_tensor, out, lse, entropy, scale, *strides, *scale_strides,
+        H, Hkv, Nq, Nk, keys_per_split, **constants,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(query, key, value, out, mask_shape, mask) -> tuple[tuple[int, ...], int, int, bool]:
+    """The strides as the kernel takes them, the unit of all but the mask's, the largest inside a tile, and whether
+    queries have masks of their own."""
+    strides = (*query[:3], *key[:3], *value[:3], *out[:3])
+    unit = 1 if functools.reduce(operator.or_, strides) & 7 else 8
+    mask = ((0,) * 4 + tuple(0 if n == 1 else s for n, s in zip(mask_shape, mask, strict=True)))[-4:]  # broadcast
+    farthest = max(query[2], key[2], value[2], out[2], mask[2], mask[3])
+    return (*(s // unit for s in strides), *mask), unit, farthest, mask[2] != 0
 
 
 @functools.cache
@@ -99,9 +108,13 @@ def _constants(
 
 
 def tile_for(query: torch.Tensor, value: torch.Tensor, return_entropy: bool) -> tiles.Tile:
-    """The tile of the table for these tensors on their device."""
-    head_dim = max(query.shape[3], value.shape[3])
-    return tiles.find_tile(_gpu(query.device).architecture, TRITON_DTYPES[query.dtype], head_dim, return_entropy)
+    """The tile these tensors are run with on their device."""
+    return _tile(query.device, query.dtype, max(query.shape[3], value.shape[3]), return_entropy)
+
+
+@tiles.cached
+def _tile(device, dtype, head_dim, return_entropy) -> tiles.Tile:
+    return tiles.find_tile(_gpu(device).architecture, TRITON_DTYPES[dtype], head_dim, return_entropy)
 
 
 class _Gpu(NamedTuple):
