@@ -64,15 +64,16 @@ def row_sum(p, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
 
 @triton.jit
 def attend(
-    q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask_pointers,
-    start, end, query_index, stride_kn, stride_vn, stride_mn, scale,
+    q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask,
+    start, end, query_index, stride_kn, stride_vn, scale,
     m, l, t, acc1, acc2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
     VALUE_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys start .. start + BLOCK_N, those before end, into the running softmax of one tile of queries."""
+    """Fold the keys start .. start + BLOCK_N, with EDGE those before end, into the running softmax of one tile of
+    queries. `mask` is what they add to the scores, [N] or [M, N], where there is a mask."""
     HIDES: tl.constexpr = EDGE or MASK != "none"
     BIAS: tl.constexpr = MASK == "bias"
     key_index = start + tl.arange(0, BLOCK_N)
@@ -81,7 +82,6 @@ def attend(
     # The value of a key hidden from the whole tile is not read, but 0: what stands there, NaN even, cannot leak.
     key_valid = key_inside
     if MASK != "none":
-        mask = load_mask(mask_pointers + offset * stride_mn, key_valid, EDGE, BIAS)  # [N] or [M, N]
         key_valid = (tl.max(mask, 0) if MASK_ROWS else mask) != float("-inf")
 
     e1 = tl.arange(0, E1)
@@ -141,6 +141,12 @@ def attend(
         v2 = load_tile(V + offset * stride_vn + v2_offsets, key_valid[:, None], e2[None, :] < E, HIDES, E1 + E2 > E)
         acc2 = tl.dot(p, v2, acc2 * a[:, None], input_precision=PRECISION)  # [M, E2]
     return m_new, l, t, acc1, acc2
+
+
+@triton.jit
+def edge_block(block, full_start, full_end):
+    """Where a block begins that is counted without those from full_start to full_end."""
+    return block + tl.where(block >= full_start, full_end - full_start, 0)
 
 
 @triton.jit(
@@ -260,12 +266,18 @@ def attention_forward(
     full_end = full_end // BLOCK_N * BLOCK_N
     if SHARED_MASK or SPLIT:
         full_end = tl.maximum(full_end, full_start)
-    # From 0: a loop that begins at a number the compiler knows nothing of does not load ahead.
+    # The loops count from 0 where they can: one that begins at a number the compiler knows nothing of does not load
+    # ahead. K and V are moved instead.
+    BIAS: tl.constexpr = MASK == "bias"
+    mask = m
+    K_full = K + tl.cast(full_start, tl.int64) * stride_kn
+    V_full = V + tl.cast(full_start, tl.int64) * stride_vn
     for block in range(0, full_end - full_start, BLOCK_N):
-        start = full_start + block
+        if MASK_ROWS:
+            mask = load_mask(mask_pointers, full_start + block, end, stride_mn, BLOCK_N, False, BIAS)
         m, l, t, acc1, acc2 = attend(
-            q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask_pointers,
-            start, end, query_index, stride_kn, stride_vn, stride_mn, scale, m, l, t, acc1, acc2,
+            q1, q2, K_full, V_full, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask,
+            block, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
             D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL, "none" if SHARED_MASK else MASK,
             MASK_ROWS, ENTROPY, PRECISION, VALUE_FIRST,
         )  # fmt: skip
@@ -274,16 +286,24 @@ def attention_forward(
     if SHARED_MASK:  # edges on both sides of the whole blocks: these are left out of the count
         edge_start = begin
         edge_end = end - (full_end - full_start)
-    for block in tl.range(edge_start, edge_end, BLOCK_N, num_stages=2 if SHARED_MASK else 1):
-        start = block
-        if SHARED_MASK:
-            start += tl.where(block >= full_start, full_end - full_start, 0)
+        start = edge_block(edge_start, full_start, full_end)
+        mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
+    for block in tl.range(edge_start, edge_end, BLOCK_N, num_stages=1):
+        if not SHARED_MASK:
+            start = block
+        if MASK_ROWS:
+            mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
         m, l, t, acc1, acc2 = attend(
-            q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask_pointers,
-            start, end, query_index, stride_kn, stride_vn, stride_mn, scale, m, l, t, acc1, acc2,
+            q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask,
+            start, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
             D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, True, CAUSAL, MASK, MASK_ROWS, ENTROPY, PRECISION,
             VALUE_FIRST,
         )  # fmt: skip
+        if SHARED_MASK:
+            # Carried from block to block: loaded where it is used, its 8 bits would decide how the matrix units'
+            # operands are laid out, and the queries be held in two layouts.
+            start = edge_block(block + BLOCK_N, full_start, full_end)
+            mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
 
     # Where no key was visible l is 0: out and entropy are 0 there, lse is -inf.
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)

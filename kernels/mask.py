@@ -7,10 +7,13 @@ CHUNK = tl.constexpr(1024)  # keys that one program looks at together
 
 
 @triton.jit
-def load_mask(pointers, key_valid, EDGE: tl.constexpr, BIAS: tl.constexpr):
-    """One tile of the mask as what it adds to the scores, [M, N], or [N] where all queries share it."""
+def load_mask(pointers, start, end, stride_mn, N: tl.constexpr, EDGE: tl.constexpr, BIAS: tl.constexpr):
+    """N keys of the mask from start on as what they add to the scores, [M, N], or [N] where all queries share it.
+    EDGE: those from end on count as hidden, and are not read."""
+    pointers += tl.cast(start, tl.int64) * stride_mn
     if EDGE:
-        valid = key_valid if len(pointers.shape) == 1 else key_valid[None, :]
+        valid = start + tl.arange(0, N) < end
+        valid = valid if len(pointers.shape) == 1 else valid[None, :]
         mask = tl.load(pointers, mask=valid, other=float("-inf") if BIAS else 0)
     else:
         mask = tl.load(pointers)
@@ -23,6 +26,7 @@ def scan_mask(Mask, stride_mn, begin, end, BIAS: tl.constexpr):
     """Of a mask that all queries share, between begin and end: the range that holds all keys not hidden, and the range
     of those it leaves as they are, if these are one run (as padding leaves them), else an empty one."""
     index = tl.arange(0, CHUNK)
+    pointers = Mask + index.to(tl.int64) * stride_mn
     first_seen = tl.full([CHUNK], 2147483647, tl.int32)
     last_seen = tl.zeros([CHUNK], tl.int32)
     first_plain = first_seen
@@ -30,7 +34,7 @@ def scan_mask(Mask, stride_mn, begin, end, BIAS: tl.constexpr):
     plain_keys = last_seen
     for start in range(begin, end, CHUNK):
         key = start + index
-        mask = load_mask(Mask + key.to(tl.int64) * stride_mn, key < end, True, BIAS)
+        mask = load_mask(pointers, start, end, stride_mn, CHUNK, True, BIAS)
         seen = mask != float("-inf")
         plain = mask == 0.0
         first_seen = tl.where(seen, tl.minimum(first_seen, key), first_seen)
