@@ -123,7 +123,10 @@ def attend(
         acc1 = acc1 * a[:, None]
     p = tl.math.exp2(x)
     if ENTROPY:
-        px = p * (tl.maximum(x, -1000.0) if HIDES else x)  # hidden: 0 * -1000, not 0 * -inf
+        px = tl.maximum(x, -1000.0) if HIDES else x  # hidden: 0 * -1000, not 0 * -inf
+        # Rounded at once where threads may hold a single score of a row: folded into the sum of a thread and its
+        # partner, each would round the other's product only, and the two would differ in the last bit.
+        px = tl.fma(p, px, 0.0) if PARTIALS == BLOCK_N else p * px
         sum_p, sum_px = row_sums(p, px, BLOCK_M, BLOCK_N, PARTIALS)
         previous = l
         l = l * a + sum_p

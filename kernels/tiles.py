@@ -194,7 +194,7 @@ def constexprs(
     E1, E2 = split_head_dim(value_dim)
     matrix_units = _has_matrix_units(architecture, dtype, max(head_dim, value_dim))
     # A row's columns lie side by side in its threads with matrix units, unless a full mask brings its own layout.
-    # Elsewhere the compiler adds up a row as it likes; threads that hold one row twice may differ in the last bit.
+    # Elsewhere the compiler adds up a row as it likes.
     columns = 16 if table_architecture(architecture) == "gfx1100" else 8
     partials = columns if matrix_units and not mask_rows else tile.block_n
     return {
