@@ -59,7 +59,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """The binary that a launch with such arguments would run, for aligned tensors and a mask contiguous in its keys."""
     value_dim = value_dim or head_dim
-    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim), entropy)
+    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim), entropy, mask != "none")
     constants = tiles.constexprs(
         architecture, dtype, head_dim, value_dim, tile,
         is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, wide=wide,
@@ -86,7 +86,7 @@ def compile_kernel(
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-            if name == "stride_mm":
+            if name in ("stride_mb", "stride_mh", "stride_mm"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(attention_forward, signature, constants, attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -126,13 +126,19 @@ def main() -> None:
     parser.add_argument("--architecture", choices=ARCHITECTURES, nargs="+", default=["sm_80"])
     parser.add_argument("--dtype", choices=_TYPES, nargs="+", default=["float16"])
     parser.add_argument("--head-dim", type=int, choices=tiles.HEAD_DIMS, nargs="+", default=[64], metavar="D")
+    parser.add_argument("--mask", choices=("none", "bool", "bias"), default="none")
+    parser.add_argument("--mask-rows", action="store_true", help="the mask differs from query to query")
+    parser.add_argument("--causal", action="store_true")
     arguments = parser.parse_args()
     for architecture in arguments.architecture:
         for dtype in arguments.dtype:
             for head_dim in arguments.head_dim:
                 for entropy in (False, True):
-                    tile = tiles.find_tile(architecture, dtype, head_dim, entropy)
-                    kernel = compile_kernel(architecture, dtype, head_dim, entropy=entropy, tile=tile)
+                    tile = tiles.find_tile(architecture, dtype, head_dim, entropy, arguments.mask != "none")
+                    kernel = compile_kernel(
+                        architecture, dtype, head_dim, entropy=entropy, tile=tile, is_causal=arguments.causal,
+                        mask=arguments.mask, mask_rows=arguments.mask_rows,
+                    )  # fmt: skip
                     row: dict[str, Any] = {
                         "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entropy": entropy,
                         "tile": dataclasses.astuple(tile)[:4], "spills_allowed": tile.spills,

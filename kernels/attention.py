@@ -156,7 +156,7 @@ def edge_block(block, full_start, full_end):
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
         "stride_vb", "stride_vh", "stride_vn", "stride_ob", "stride_oh", "stride_on",
-        "stride_sb", "stride_sh", "stride_mb", "stride_mh", "H", "Hkv", "Nq", "Nk", "keys_per_split",
+        "stride_sb", "stride_sh", "H", "Hkv", "Nq", "Nk", "keys_per_split",
     ]
 )  # fmt: skip
 def attention_forward(
@@ -272,14 +272,15 @@ def attention_forward(
     # The loops count from 0 where they can: one that begins at a number the compiler knows nothing of does not load
     # ahead. K and V are moved instead.
     BIAS: tl.constexpr = MASK == "bias"
-    mask = m
+    mask = m  # none yet
     K_full = K + tl.cast(full_start, tl.int64) * stride_kn
     V_full = V + tl.cast(full_start, tl.int64) * stride_vn
     for block in range(0, full_end - full_start, BLOCK_N):
+        block_mask = mask
         if MASK_ROWS:
-            mask = load_mask(mask_pointers, full_start + block, end, stride_mn, BLOCK_N, False, BIAS)
+            block_mask = load_mask(mask_pointers, full_start + block, end, stride_mn, BLOCK_N, False, BIAS)
         m, l, t, acc1, acc2 = attend(
-            q1, q2, K_full, V_full, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask,
+            q1, q2, K_full, V_full, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
             block, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
             D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL, "none" if SHARED_MASK else MASK,
             MASK_ROWS, ENTROPY, PRECISION, VALUE_FIRST,
@@ -294,10 +295,11 @@ def attention_forward(
     for block in tl.range(edge_start, edge_end, BLOCK_N, num_stages=1):
         if not SHARED_MASK:
             start = block
+        block_mask = mask
         if MASK_ROWS:
-            mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
+            block_mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
         m, l, t, acc1, acc2 = attend(
-            q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, mask,
+            q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
             start, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
             D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, True, CAUSAL, MASK, MASK_ROWS, ENTROPY, PRECISION,
             VALUE_FIRST,

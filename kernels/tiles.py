@@ -124,8 +124,9 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }  # fmt: skip
 
-# Rows of the table that differ where the entropy is asked for.
+# Rows of the table that differ where the entropy is asked for, and where there is a mask.
 WITH_ENTROPY: dict[str, dict[int, dict[int, Tile]]] = {"sm_80": {16: {64: Tile(256, 64, 8, 2, spills=8)}}}
+WITH_MASK: dict[str, dict[int, dict[int, Tile]]] = {"sm_80": {16: {128: Tile(128, 32, 4, 2, spills=168)}}}
 
 
 _override: Tile | None = None
@@ -157,19 +158,22 @@ def override(tile: Tile) -> Iterator[None]:
         reload()
 
 
-def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False) -> Tile:
+def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False, mask: bool = False) -> Tile:
     """The tile for an architecture ("sm_80", "gfx942"), a dtype ("float16") and the larger of the two head dims."""
     if _override is not None:
         return _override
-    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy)
+    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy, mask)
 
 
 @cached
-def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool) -> Tile:
+def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool, mask: bool) -> Tile:
     rows = _overrides(path).get(architecture, {}).get(dtype, {})
     if not any(largest >= head_dim for largest in rows):
         architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
-        rows = TABLE[architecture][bits] | (WITH_ENTROPY.get(architecture, {}).get(bits, {}) if entropy else {})
+        rows = dict(TABLE[architecture][bits])
+        for applies, special in ((entropy, WITH_ENTROPY), (mask, WITH_MASK)):
+            if applies:
+                rows |= special.get(architecture, {}).get(bits, {})
     return rows[min(largest for largest in rows if largest >= head_dim)]
 
 

@@ -21,10 +21,10 @@ MAIN_HEAD_DIMS = (40, 64, 80, 128, 160)
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
 
 
-def compile_all(architecture: str, dtype: str, head_dims: tuple[int, ...]) -> list[dict]:
+def compile_all(architecture: str, dtype: str, head_dims: tuple[int, ...], *options: str) -> list[dict]:
     """In a process of its own: in this one, Triton's interpreter may stand in for the compiler."""
     command = [sys.executable, "-m", "entropy_attn.kernels.aot", "--architecture", architecture, "--dtype", dtype]
-    command += ["--head-dim", *map(str, head_dims)]
+    command += ["--head-dim", *map(str, head_dims), *options]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ENTROPY_ATTN_TILES")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -47,6 +47,14 @@ def check(architecture: str, dtype: str, head_dims: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_main_head_dims(architecture, dtype):
     check(architecture, dtype, MAIN_HEAD_DIMS)
+
+
+@pytest.mark.parametrize("options", ["--causal", "--mask bool", "--mask bool --mask-rows", "--mask bias --mask-rows"])
+def test_masks_cost_no_registers_they_do_not_have(options):
+    for row in compile_all("sm_80", "float16", (64, 128), *options.split()):
+        assert row["shared"] <= row["shared_limit"]
+        assert row["registers"] > 100, "the compiler gave up on registers"
+        assert row["spills"] <= 192, row
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +21,8 @@ def calibrate(
 
     Args:
         pipe: a Diffusers pipeline, not enabled.
-        prompts: what to generate, one run each. The more alike they are to those to come, the better.
+        prompts: what to generate, one run each. The more alike they are to those to come, the better. A pipeline that
+            takes no prompt is run once; give what it takes instead among `call`.
         train_size: as in `enable`.
         progress: show a progress bar, if tqdm is installed.
         call: what else to call the pipeline with, such as num_inference_steps or generator; a `prompt`, `height` or
@@ -45,10 +47,11 @@ def calibrate(
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be one or more strings, got {prompts!r}")
     height, width = _trained_pixels(models, pipe, train_size)
+    prompted = "prompt" in inspect.signature(pipe.__call__).parameters and "prompt_embeds" not in call
     record = EntropyRecord()
     with enable(pipe, train_size=train_size, record_entropy=record, exponent=0):
         for prompt in _progress(prompts, progress):
-            arguments = {"height": height, "width": width, **({} if "prompt_embeds" in call else {"prompt": prompt})}
+            arguments = {"height": height, "width": width, **({"prompt": prompt} if prompted else {})}
             pipe(**{**arguments, **call})
     return calibration_from(pipe, record, train_size=train_size)
 
