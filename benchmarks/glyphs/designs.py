@@ -1,0 +1,86 @@
+"""The denoisers that were tried, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+
+LABEL_DIM = 64
+PATCH = 2  # pixels on a side that make a sample of the denoiser
+SIZE = 24  # of the images in training
+
+
+@dataclass(frozen=True)
+class Design:
+    """A UNet with attention at every level, or a transformer if it has no `channels`.
+
+    `sharpness` multiplies the initial weights of the self-attention's queries and keys each, so that the logits begin
+    with a variance of sharpness ** 4 and not near 0.
+    """
+
+    channels: tuple[int, ...] = ()
+    head_dim: int = 32
+    transformer_layers: int = 1
+    kernel: int = 3  # of the first and last convolution
+    sharpness: float = 1.0
+    heads: int = 4  # of a transformer
+    layers: int = 6
+
+
+DESIGNS = {
+    "plain": Design((64,), 32, 2, kernel=1),
+    "sharp": Design((64,), 16, 2, kernel=1, sharpness=2.0),
+    "levels": Design((64, 96), 16, 1, kernel=1, sharpness=2.0),
+    "transformer": Design(head_dim=32, heads=4, layers=6, sharpness=1.5),
+}
+
+
+def build(name: str) -> UNet2DConditionModel | PixArtTransformer2DModel:
+    """The denoiser of a design, at random weights."""
+    if name not in DESIGNS:
+        raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {name!r}")
+    design = DESIGNS[name]
+    model = _unet(design) if design.channels else _transformer(design)
+    for module_name, module in model.named_modules():
+        if module_name.endswith(("attn1.to_q", "attn1.to_k")):
+            with torch.no_grad():
+                module.weight.mul_(design.sharpness)
+    return model
+
+
+def _unet(design: Design) -> UNet2DConditionModel:
+    levels = len(design.channels)
+    return UNet2DConditionModel(
+        sample_size=SIZE // PATCH,
+        in_channels=PATCH**2,
+        out_channels=PATCH**2,
+        block_out_channels=design.channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=1,
+        transformer_layers_per_block=design.transformer_layers,
+        # Diffusers calls the number of heads by this name.
+        attention_head_dim=tuple(channels // design.head_dim for channels in design.channels),
+        cross_attention_dim=LABEL_DIM,
+        norm_num_groups=8,
+        conv_in_kernel=design.kernel,
+        conv_out_kernel=design.kernel,
+    )
+
+
+def _transformer(design: Design) -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel(
+        sample_size=SIZE // PATCH,
+        patch_size=1,
+        in_channels=PATCH**2,
+        out_channels=PATCH**2,
+        num_attention_heads=design.heads,
+        attention_head_dim=design.head_dim,
+        num_layers=design.layers,
+        cross_attention_dim=design.heads * design.head_dim,
+        caption_channels=LABEL_DIM,
+        use_additional_conditions=False,
+        interpolation_scale=1,
+    )

@@ -1,0 +1,206 @@
+"""Train the glyph pipeline: `python benchmarks/glyphs/train.py`, which goes on where it was interrupted.
+
+v-prediction at one image size. Every step draws its images, times and noise from a seed of its own, so that a training
+that was interrupted ends at the same weights as one that was not (with the same number of processes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from tqdm import tqdm
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from glyphs import data, designs
+from glyphs.pipeline import GlyphPipeline, LabelEmbedder, denoise
+
+NO_LABEL = 0.1  # share of the images trained without their label, for classifier-free guidance
+WARM_UP = 100  # steps
+SAVED_EVERY = 200  # steps
+NOISE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+
+
+class Denoiser(torch.nn.Module):
+    """What is trained: the denoiser with the embedder of its labels."""
+
+    def __init__(self, design: str):
+        super().__init__()
+        self.embedder = LabelEmbedder(len(data.CLASSES), designs.LABEL_DIM)
+        self.unet = designs.build(design)
+
+    def forward(self, samples, timesteps, labels):
+        return denoise(self.unet, samples, timesteps, self.embedder(labels))
+
+
+def images_for(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of the training, (count, 1, S, S) uint8, and their labels (count,)."""
+    labels = torch.arange(count) % len(data.CLASSES)
+    images = data.render(labels, designs.SIZE, designs.SIZE, torch.Generator().manual_seed(seed))
+    return (images * 255).round().byte(), labels
+
+
+def batch_of(images, labels, size: int, seed: int, scheduler) -> dict[str, torch.Tensor]:
+    """The inputs and the target of one step in one process."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(images), (size,), generator=generator)
+    clean = images[chosen].float() / 127.5 - 1
+    given = labels[chosen].clone()
+    given[torch.rand(size, generator=generator) < NO_LABEL] = len(data.CLASSES)
+    # One time of each of `size` equal spans.
+    spans = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)
+    timesteps = (spans / size * scheduler.config.num_train_timesteps).long()
+    noise = torch.randn(clean.shape, generator=generator)
+    return {
+        "samples": scheduler.add_noise(clean, noise, timesteps),
+        "timesteps": timesteps,
+        "labels": given,
+        "target": scheduler.get_velocity(clean, noise, timesteps),
+    }
+
+
+def rate_at(step: int, steps: int, highest: float) -> float:
+    """A short rise, a fifth held, and half a cosine down to nearly nothing."""
+    fallen = max(0.0, step / steps - 0.2) / 0.8
+    return highest * min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+def parameter_groups(model: Denoiser) -> list[dict[str, Any]]:
+    """Weight decay for matrices, but for the queries and keys of self-attention: it would flatten the attention."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        sharp = "attn1.to_q" in name or "attn1.to_k" in name
+        (free if parameter.ndim < 2 or sharp or "embedder" in name else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": 0.01}, {"params": free, "weight_decay": 0.0}]
+
+
+def steps_of(arguments: argparse.Namespace, rank: int) -> Iterator[tuple[int, float]]:
+    """Train; yields the step that was done and its loss. Rank 0 writes checkpoints and, at the end, the pipeline."""
+    torch.manual_seed(arguments.seed)
+    torch.set_num_threads(1)
+    model = Denoiser(arguments.design)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimiser = torch.optim.AdamW(parameter_groups(model), betas=(0.9, 0.99))
+    parameters = list(model.parameters())
+    done = load_checkpoint(arguments, model, average, optimiser)
+    images, labels = images_for(arguments.images, arguments.seed)
+    scheduler = DDPMScheduler(**NOISE)
+    share = arguments.batch // arguments.processes
+    for step in range(done, arguments.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = rate_at(step, arguments.steps, arguments.rate)
+        seed = (arguments.seed * arguments.steps + step) * arguments.processes + rank
+        batch = batch_of(images, labels, share, seed, scheduler)
+        target = batch.pop("target")
+        loss = F.mse_loss(model(**batch), target)
+        optimiser.zero_grad()
+        loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in parameters] + [loss.detach()[None]])
+        if arguments.processes > 1:
+            torch.distributed.all_reduce(gradients)
+            gradients /= arguments.processes
+        for parameter, gradient in zip(
+            parameters, gradients.split([p.numel() for p in parameters] + [1]), strict=False
+        ):
+            parameter.grad.copy_(gradient.view_as(parameter))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        decay = min(0.998, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+        if rank == 0 and ((step + 1) % SAVED_EVERY == 0 or step + 1 == arguments.steps):
+            save_checkpoint(arguments, model, average, optimiser, step + 1)
+        yield step + 1, gradients[-1].item()
+    if rank == 0:
+        save_pipeline(average, arguments.out)
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What has to be the same when a training goes on."""
+    return {name: x for name, x in vars(arguments).items() if name != "out"}
+
+
+def save_checkpoint(arguments, model, average, optimiser, step: int) -> None:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    state = {"settings": settings(arguments), "step": step, "model": model.state_dict()}
+    state |= {"average": average.state_dict(), "optimiser": optimiser.state_dict()}
+    path = arguments.out / "checkpoint.pt"
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)  # whole, whenever it is interrupted
+
+
+def load_checkpoint(arguments, model, average, optimiser) -> int:
+    """How many steps are done already, with everything as it was after them."""
+    path = arguments.out / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["settings"] != settings(arguments):
+        raise ValueError(f"{path} is of a training with other settings, {state['settings']}: remove it or take them")
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"]
+
+
+def save_pipeline(average: Denoiser, out: Path) -> None:
+    """The pipeline as Diffusers saves it, in half precision, which the digits do not show."""
+    scheduler = DPMSolverMultistepScheduler(**NOISE, thresholding=True, sample_max_value=1.0)
+    GlyphPipeline(average.unet.half(), average.embedder.half(), scheduler).save_pretrained(out)
+
+
+def run(rank: int, arguments: argparse.Namespace, port: int) -> None:
+    """One process of the training."""
+    if arguments.processes > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=arguments.processes)
+    smooth = None
+    with tqdm(total=arguments.steps, desc=arguments.design, disable=rank > 0, smoothing=0.02) as progress:
+        for step, loss in steps_of(arguments, rank):
+            smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+            progress.update(step - progress.n)
+            progress.set_postfix(loss=f"{smooth:.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--design", choices=designs.DESIGNS, default="levels", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=48, help="images a step (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=40000, help="that are drawn for the training")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("build/glyphs"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    if arguments.processes < 1 or arguments.batch % arguments.processes:
+        parser.error(f"--batch {arguments.batch} does not divide among --processes {arguments.processes}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        if arguments.processes == 1:
+            run(0, arguments, port)
+        else:
+            torch.multiprocessing.spawn(run, (arguments, port), nprocs=arguments.processes)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
