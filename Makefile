@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: demo test test-slow test-gpu bench lint clean
 
 demo: $(READY)
-	$(BIN)/python benchmarks/photo.py --out demo.png
+	$(BIN)/python benchmarks/demo.py --out demo.png
 
 test: $(READY)
 	$(BIN)/python -m pytest

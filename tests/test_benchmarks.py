@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
-NEEDS = {"adapter": "diffusers", "photo": "sklearn"}
+NEEDS = {"adapter": "diffusers", "demo": "diffusers"}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The photograph demo, at sizes small enough for a test."""
+"""The demo, with few images."""
 
 import re
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
+pytest.importorskip("diffusers")
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "photo.py"
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "demo.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -19,38 +19,39 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_table_fit_and_picture(tmp_path):
-    picture = tmp_path / "demo.png"
-    done = run("--sizes", "64x64,96x64,96x96,128x128", "--train-size", "96x96", "--out", str(picture))
+def pair(cell: str) -> tuple[float, float]:
+    before, after = re.fullmatch(r"(-?[\d.]+) → (-?[\d.]+)", cell).groups()
+    return float(before), float(after)
+
+
+def test_table_and_picture(tmp_path):
+    path = tmp_path / "demo.png"
+    done = run("--count", "20", "--out", str(path))
     assert done.returncode == 0, done.stderr
-    rows = {m[0]: [float(x) for x in m[1].split()] for m in re.findall(r"^ *(\d+x\d+) +(.*)$", done.stdout, re.M)}
-    assert list(rows) == ["64x64", "96x64", "96x96", "128x128"]
-    assert [row[0] for row in rows.values()] == [64, 96, 144, 256]
-    multipliers, original, adapted = ([row[i] for row in rows.values()] for i in (1, 2, 3))
-    assert multipliers[2] == 1
-    assert multipliers == sorted(multipliers)
-    assert original == sorted(original)
-    assert original[2] == adapted[2]
-    # λ lies nearer to the trained size's entropy at every other size.
-    assert all(abs(adapted[i] - adapted[2]) < abs(original[i] - original[2]) for i in (0, 1, 3))
-    slopes = [float(s) for s in re.findall(r"= ([\d.]+) ln N", done.stdout)]
-    assert slopes[1] < slopes[0]
-    assert "backend  " in done.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 20_000
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "→" in line]
+    rows = {line[0]: line[1:] for line in lines if " x " in line[0]}
+    assert list(rows) == ["16 x 16", "24 x 16", "24 x 24", "36 x 24", "32 x 32"]
+    assert rows["16 x 16"][0] == "64, 16"
+    entropies = {size: [pair(cell) for cell in row[4].split(", ")] for size, row in rows.items()}
+    trained = entropies.pop("24 x 24")
+    assert all(before == after for before, after in trained)
+    for levels in entropies.values():  # λ brings every level nearer to the trained size's entropy
+        for (before, after), (target, _) in zip(levels, trained, strict=True):
+            assert abs(after - target) < abs(before - target)
+    assert all(re.match(r"helped|hurt|no difference", row[2]) for size, row in rows.items() if size in entropies)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 50_000
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "64x60"], "argument --sizes: got '64x60', allowed is WIDTHxHEIGHT in multiples of 8"),
-        (["--sizes", "8x64"], "argument --sizes: got '8x64'"),
-        (["--sizes", "wide"], "argument --sizes: got 'wide'"),
-        (["--sizes", "64x64"], "--sizes: a fit needs at least 3 different sizes"),
-        (["--photo", "nowhere.png"], "--photo: .*nowhere.png"),
+        (["--count", "3"], "--count must be at least 20"),
+        (["--model", "nowhere"], "--model: no pipeline in nowhere"),
+        (["--out", "nowhere/demo.png"], "--out: no folder"),
     ],
 )
 def test_bad_arguments(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2
-    assert re.search(message, done.stderr)
+    assert message in done.stderr

@@ -45,9 +45,14 @@ def draw(pipe: GlyphPipeline, size: tuple[int, int], count: int, first: int = 0)
     for start in range(first, first + count, BATCH):
         numbers = range(start, min(start + BATCH, first + count))
         generators = [torch.Generator().manual_seed(number) for number in numbers]
-        labels = [number % len(data.CLASSES) for number in numbers]
+        labels = digits(start, len(numbers)).tolist()
         images.append(pipe(labels, height=size[0], width=size[1], generator=generators, output_type="pt").images)
     return torch.cat(images)
+
+
+def digits(first: int, count: int) -> torch.Tensor:
+    """What the images number `first` and on show, (count,)."""
+    return torch.arange(first, first + count) % len(data.CLASSES)
 
 
 def settings(way: str, calibration: Any) -> dict[str, Any] | None:
@@ -125,16 +130,19 @@ class Judge:
 
     def reference(self, size: tuple[int, int]) -> torch.Tensor:
         if size not in self.references:
-            labels = torch.arange(REFERENCES) % len(data.CLASSES)
-            images = data.render(labels, *size, torch.Generator().manual_seed(2**31))
-            self.references[size] = recogniser.recognise(self.recogniser, images)[0]
+            images = data.render(digits(0, REFERENCES), *size, torch.Generator().manual_seed(2**31))
+            self.references[size] = self.read(images)[0]
         return self.references[size]
+
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (n, F) and the digits that are seen (n,)."""
+        return recogniser.recognise(self.recogniser, images)
 
     def score(self, images: torch.Tensor) -> dict[str, Any]:
         """Frechet distance and recognition rate in per cent, with 95 % intervals over the images."""
         reference = self.reference(tuple(images.shape[-2:]))
-        features, read = recogniser.recognise(self.recogniser, images)
-        right = (read == torch.arange(len(images)) % len(data.CLASSES)).float() * 100
+        features, read = self.read(images)
+        right = (read == digits(0, len(images))).float() * 100
         distance = frechet_distance(features, reference)
         return {
             "images": len(images), "frechet": distance, "recognised": right.mean().item(),
