@@ -1,0 +1,65 @@
+"""Generated images in a folder, one file each: what is there already is not generated again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+
+class ImageFolder:
+    """Images by number. A file is there whole or not at all, whenever a run is interrupted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, number: int) -> Path:
+        return self.path / f"{number:06}.png"
+
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        return [number for number in numbers if not self.file(number).exists()]
+
+    def save(self, number: int, image: torch.Tensor) -> None:
+        """An image (C, H, W) in [0, 1], C of 1 or 3."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()
+        part = self.file(number).with_suffix(".part")
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(part, format="png")
+        os.replace(part, self.file(number))
+
+    def load(self, numbers: Iterable[int]) -> torch.Tensor:
+        """Images (n, C, H, W) in [0, 1], float32."""
+        return torch.stack([read_image(self.file(number)) for number in numbers])
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """An image (C, H, W) in [0, 1], float32. Raises ValueError where the file holds none."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 255
+
+
+def generate(
+    folder: ImageFolder,
+    numbers: Iterable[int],
+    draw: Callable[[list[int]], torch.Tensor],
+    batch: int,
+    progress: Callable[[int], object],
+) -> None:
+    """Fill a folder with the images of these numbers. `draw` gives those of a few numbers, (n, C, H, W) in [0, 1];
+    `progress` is told how many were finished."""
+    numbers = list(numbers)
+    missing = folder.missing(numbers)
+    progress(len(numbers) - len(missing))
+    for start in range(0, len(missing), batch):
+        chosen = missing[start : start + batch]
+        for number, image in zip(chosen, draw(chosen), strict=True):
+            folder.save(number, image)
+        progress(len(chosen))

@@ -1,0 +1,33 @@
+"""The paper's own figures: Jin et al., Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image
+Synthesis, NeurIPS 2023. Sizes as it gives them, width x height where they are not square: 512 x 288."""
+
+from __future__ import annotations
+
+# model family -> size -> (original, paper's scale); Tables 1 and 2
+FID = {
+    "sd": {
+        (224, 224): (74.5742, 41.8925), (448, 448): (19.9039, 19.4923), (768, 768): (29.5974, 28.1372),
+        (512, 288): (22.6249, 21.3877), (512, 384): (20.2315, 19.8631),
+    },
+    "ldm": {
+        (128, 128): (65.2988, 57.5542), (224, 224): (23.0483, 22.7971), (384, 384): (20.5466, 20.3842),
+        (256, 144): (33.8559, 33.0142), (256, 192): (24.2546, 23.9346),
+    },
+}  # fmt: skip
+CLIP_SCORE = {
+    "sd": {
+        (224, 224): (0.2553, 0.2764), (448, 448): (0.3176, 0.3180), (768, 768): (0.3142, 0.3152),
+        (512, 288): (0.3047, 0.3066), (512, 384): (0.3134, 0.3139),
+    },
+    "ldm": {
+        (128, 128): (0.2679, 0.2747), (224, 224): (0.3094, 0.3096), (384, 384): (0.3148, 0.3156),
+        (256, 144): (0.2884, 0.2890), (256, 192): (0.3070, 0.3075),
+    },
+}  # fmt: skip
+# Table 4, Stable Diffusion: size -> way -> (FID, MiB of GPU memory, seconds an image)
+COST = {
+    (128, 128): {"original": (191.5447, 6867, 3.4953), "paper": (127.2798, 6867, 3.4955),
+                 "resized": (36.0742, 9324, 17.4377)},
+    (224, 224): {"original": (74.5742, 7064, 5.6268), "paper": (41.8925, 7064, 5.6274),
+                 "resized": (21.8415, 9324, 17.4457)},
+}  # fmt: skip

@@ -1,0 +1,142 @@
+"""The models under test, behind one interface: which sizes, how images of given numbers are drawn, what judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from glyphs.evaluate import Judge, digits
+from glyphs.pipeline import GlyphPipeline
+
+from entropy_attn.diffusers import Calibration, EntropyRecord, calibration_from, enable
+
+Size = tuple[int, int]  # width, height: the paper's order
+GLYPHS = Path(__file__).parent.parent / "glyphs" / "model"
+PROMPTS = (
+    "a photo of a dog on a beach", "a red car in front of a house", "a bowl of fruit on a wooden table",
+    "a portrait of an old man with a hat", "a castle on a hill at sunset", "two cats on a sofa",
+    "a sailing boat in a storm", "a vase of flowers by a window", "a horse in a field", "a city street at night",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model of the paper: where it is, the family its published figures are listed under, and the paper's sizes."""
+
+    path: str
+    family: str
+    sizes: tuple[Size, ...]
+    train_size: int
+
+
+SD_SIZES = ((224, 224), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
+LDM_SIZES = ((128, 128), (224, 224), (256, 256), (384, 384), (256, 144), (256, 192))
+KNOWN = {
+    "sd21": Known("stabilityai/stable-diffusion-2-1-base", "sd", SD_SIZES, 512),
+    "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd", SD_SIZES, 512),
+    "ldm": Known("CompVis/ldm-text2im-large-256", "ldm", LDM_SIZES, 256),
+}
+GLYPH_SIZES = ((16, 16), (20, 20), (28, 28), (32, 32), (36, 36), (16, 24), (24, 16), (24, 36), (36, 24), (24, 24))
+
+
+@dataclass
+class Subject:
+    """A pipeline that draws image number n from seed n, the same in any batch, up to rounding."""
+
+    name: str
+    pipe: Any
+    train_size: Size
+    sizes: tuple[Size, ...]
+    multiple: int  # of pixels, that a width or height has to be
+    call: Callable[[list[int]], dict[str, Any]]  # the pipeline's arguments for images of these numbers
+    family: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # the same in every call
+
+    def draw(self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None) -> torch.Tensor:
+        """Images (n, C, H, W) in [0, 1]; `settings` is what `enable` is given, None leaves the pipeline alone."""
+        if settings is None:
+            return self._draw(size, list(numbers))
+        with enable(self.pipe, train_size=self.train_size[::-1], **settings):
+            return self._draw(size, list(numbers))
+
+    def _draw(self, size: Size, numbers: list[int]) -> torch.Tensor:
+        generators = [torch.Generator(self.pipe.device).manual_seed(number) for number in numbers]
+        arguments = {"width": size[0], "height": size[1], "generator": generators, **self.options, **self.call(numbers)}
+        images = self.pipe(**arguments, output_type="np").images
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+
+    def entropies(self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None) -> EntropyRecord:
+        """The entropies of the layers and steps while images of these numbers are drawn."""
+        record = EntropyRecord()
+        self.draw(size, numbers, {**({"exponent": 0} if settings is None else settings), "record_entropy": record})
+        return record
+
+    def calibrate(self, numbers: Sequence[int]) -> Calibration:
+        """Every layer's mean entropy at the trained size, from these images."""
+        record = self.entropies(self.train_size, numbers, None)
+        return calibration_from(self.pipe, record, train_size=self.train_size[::-1])
+
+    def check_sizes(self, sizes: Sequence[Size]) -> None:
+        """Raises ValueError for a size the pipeline cannot draw."""
+        for width, height in sizes:
+            if min(width, height) <= 0 or width % self.multiple or height % self.multiple:
+                raise ValueError(
+                    f"{self.name} draws sizes in multiples of {self.multiple} pixels, got {width}x{height}"
+                )
+
+
+def glyphs(folder: Path = GLYPHS, steps: int | None = None) -> Subject:
+    """The embedded pipeline."""
+    if not (folder / "model_index.json").exists():
+        raise ValueError(
+            f"no glyph pipeline in {folder}: train one with `python benchmarks/glyphs/train.py --out {folder}`"
+        )
+    pipe = GlyphPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return Subject(
+        "glyphs", pipe, (pipe.train_size, pipe.train_size), GLYPH_SIZES, pipe.multiple,
+        lambda numbers: {"labels": [digits(number, 1).item() for number in numbers]},
+        options={} if steps is None else {"num_inference_steps": steps},
+    )  # fmt: skip
+
+
+def text_to_image(
+    name: str, prompts: Sequence[str], steps: int, guidance: float, device: str, dtype: torch.dtype
+) -> Subject:
+    """A model of the paper by its short name, or any text-to-image pipeline by path or hub id.
+
+    Raises:
+        ValueError: it cannot be loaded, or its trained size is not known.
+    """
+    known = KNOWN.get(name)
+    path = known.path if known else name
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be loaded (a local folder, or a hub id with a network): {reason}") from error
+    return text_subject(name, pipe.to(device), prompts, steps, guidance, known)
+
+
+def text_subject(
+    name: str, pipe: Any, prompts: Sequence[str], steps: int, guidance: float, known: Known | None = None
+) -> Subject:
+    """The subject of a text-to-image pipeline that is loaded already."""
+    pipe.set_progress_bar_config(disable=True)
+    factor = getattr(pipe, "vae_scale_factor", 8)
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    side = known.train_size if known else model.config.sample_size * factor
+    sizes = known.sizes if known else tuple((side * n // 4 // 64 * 64, side * m // 4 // 64 * 64)
+                                            for n, m in ((2, 2), (3, 3), (4, 4), (6, 6), (4, 3), (6, 4)))  # fmt: skip
+    return Subject(
+        name, pipe, (side, side), sizes, factor,
+        lambda numbers: {"prompt": [prompts[number % len(prompts)] for number in numbers]},
+        known.family if known else None, {"num_inference_steps": steps, "guidance_scale": guidance},
+    )  # fmt: skip
+
+
+__all__ = ["GLYPHS", "KNOWN", "PROMPTS", "Judge", "Known", "Size", "Subject", "glyphs", "text_subject", "text_to_image"]

@@ -1,0 +1,84 @@
+"""The rows of a run as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import harness
+
+from evaluation import published, rules
+from evaluation.judges import ImageJudge
+from evaluation.subjects import Subject
+
+Row = dict[str, Any]
+
+
+def size_of(row: Row) -> str:
+    return f"{row['width']} x {row['height']}"
+
+
+def interval(row: Row, name: str, digits: int) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def change(row: Row, name: str, digits: int) -> str:
+    """A paired change with its interval, in bold where the interval leaves 0 out."""
+    if f"{name}_change" not in row:
+        return ""
+    low, high = row[f"{name}_change_interval"]
+    text = f"{row[f'{name}_change']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    return f"**{text}**" if low * high > 0 else text
+
+
+def quality(judge: ImageJudge, subject: Subject, rows: Iterable[Row]) -> str:
+    """Tables 1 and 2: a line for each size and rule."""
+    # Rates in per cent are told to a tenth, CLIP scores to four digits.
+    digits = 1 if "%" in judge.score_name else 4
+    known = published.FID.get(subject.family or "", {})
+    header = ["width x height", "scale", judge.distance_name, "change", judge.score_name, "change"]
+    header += ["the paper's FID"] if known else []
+    lines = []
+    for row in rows:
+        line = [size_of(row), row["rule"], interval(row, "distance", 1), change(row, "distance", 1)]
+        line += [interval(row, "score", digits), change(row, "score", digits)]
+        if known:
+            figures = dict(
+                zip((rules.ORIGINAL, rules.PAPER), known.get((row["width"], row["height"]), ()), strict=False)
+            )
+            line.append(f"{figures[row['rule']]:.2f}" if row["rule"] in figures else "")
+        lines.append(line)
+    return harness.markdown(header, lines)
+
+
+def entropies(rows: list[Row]) -> str:
+    """Mean entropy of the layers at each number of tokens."""
+    lines = []
+    for width, height in dict.fromkeys((row["width"], row["height"]) for row in rows):
+        for rule in dict.fromkeys(row["rule"] for row in rows):
+            of = [row for row in rows if (row["width"], row["height"], row["rule"]) == (width, height, rule)]
+            by_train: dict[int, list[Row]] = {}
+            for row in of:
+                by_train.setdefault(row["train_tokens"], []).append(row)
+            for T, level in sorted(by_train.items(), reverse=True):
+                mean = sum(row["entropy"] for row in level) / len(level)
+                lines.append([f"{width} x {height}", rule, str(T), str(level[0]["tokens"]), f"{mean:.3f}"])
+    return harness.markdown(["width x height", "scale", "T", "N", "mean entropy (nats)"], lines)
+
+
+def report(judge: ImageJudge, subject: Subject, rows: list[Row]) -> str:
+    parts = []
+    for kind, title in (
+        ("quality", "Every size and scale"),
+        ("chosen", "The exponent chosen on the other half of the images"),
+        ("control", "Control: multiples of the scale at the trained size"),
+    ):
+        of = [row for row in rows if row["kind"] == kind]
+        if of:
+            parts.append(f"### {title}\n\n{quality(judge, subject, of)}")
+    of = [row for row in rows if row["kind"] == "entropy"]
+    if of:
+        parts.append(f"### Entropy\n\n{entropies(of)}")
+    scales = "\n".join(f"- {name}: {meaning}" for name, meaning in rules.MEANING.items())
+    return "\n\n".join([*parts, f"Scales:\n\n{scales}"])

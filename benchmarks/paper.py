@@ -1,0 +1,193 @@
+"""The paper's tables and figures on a model: does λ help, where, and by how much.
+
+    python benchmarks/paper.py --model glyphs
+    python benchmarks/paper.py --model sd21 --references coco/ --num 2000 --device cuda
+
+Every image is kept, so an interrupted run goes on where it was. Image number n comes from seed n with every scale. The
+first half of the images chooses among the exponents, and all figures are of the second half. Intervals are of 95 %, by
+bootstrap over the images; a change is paired, image by image, with the original scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+
+import harness
+import torch
+
+try:
+    from evaluation import figures, rules, tables
+    from evaluation.images import ImageFolder, generate
+    from evaluation.judges import GlyphJudge, ImageJudge, Measured, TextJudge, summary
+    from evaluation.subjects import GLYPHS, PROMPTS, Size, Subject, glyphs, text_to_image
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"{error.name} is missing: pip install 'entropy_attn[demo]'")
+
+WHAT = ("quality", "control", "entropy")
+RECORDED = 20  # images for entropies and for the calibration
+
+
+class Run:
+    """One model's run in its folder: images, rows, and what is measured of them."""
+
+    def __init__(self, subject: Subject, judge: ImageJudge, num: int, batch: int, out: Path) -> None:
+        self.subject, self.judge, self.num, self.batch, self.out = subject, judge, num, batch, out
+        self._calibration: Any = None
+        self._measured: dict[tuple[Size, str], Measured] = {}
+
+    @property
+    def calibration(self) -> Any:
+        """Measured once, kept in a file."""
+        from entropy_attn.diffusers import Calibration
+
+        path = self.out / "calibration.json"
+        if self._calibration is None:
+            if path.exists():
+                self._calibration = Calibration.load(path, self.subject.pipe)
+            else:
+                self._calibration = self.subject.calibrate(range(RECORDED))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._calibration.save(path)
+        return self._calibration
+
+    def settings(self, rule: str) -> dict[str, Any] | None:
+        needed = rule in (rules.CALIBRATED, rules.MATCHED)
+        return rules.options_of(rule, self.calibration if needed else None)
+
+    def measured(self, size: Size, rule: str, progress: tqdm) -> Measured:
+        """Of all images of a cell, which are generated as far as they are missing."""
+        if (size, rule) not in self._measured:
+            folder = ImageFolder(self.out / f"{size[0]}x{size[1]}" / rule.replace(" ", "-"))
+            settings = self.settings(rule)
+            progress.set_postfix_str(f"{size[0]}x{size[1]} {rule}")
+            numbers = list(range(self.num))
+            generate(folder, numbers, lambda some: self.subject.draw(size, some, settings), self.batch, progress.update)
+            self._measured[size, rule] = self.judge.measure(folder.load(numbers), numbers)
+        return self._measured[size, rule]
+
+    def row(self, size: Size, rule: str, progress: tqdm) -> dict[str, Any]:
+        """A cell's figures, of the second half of its images."""
+        second = slice(self.num // 2, None)
+        of = Measured(*(x[second] for x in self.measured(size, rule, progress)))
+        original = None
+        if rule != rules.ORIGINAL:
+            original = Measured(*(x[second] for x in self.measured(size, rules.ORIGINAL, progress)))
+        return {"width": size[0], "height": size[1], "rule": rule, **summary(self.judge, size, of, original)}
+
+    def chosen_exponent(self, size: Size, progress: tqdm) -> str:
+        """The exponent with the smallest distance on the first half of the images."""
+        from metrics import frechet_distance
+
+        reference = self.judge.reference(size)
+        candidates = [rules.PAPER, *(f"exponent {p:g}" for p in rules.EXPONENTS)]
+        return min(
+            candidates,
+            key=lambda rule: frechet_distance(self.measured(size, rule, progress).features[: self.num // 2], reference),
+        )
+
+
+def cells(subject: Subject, sizes: list[Size], what: list[str]) -> Iterator[tuple[str, Size, str]]:
+    """(kind, size, rule) of every cell of images."""
+    if "quality" in what:
+        for size in sizes:
+            for rule in rules.RULES if size != subject.train_size else (rules.ORIGINAL,):
+                yield "quality", size, rule
+    if "control" in what:
+        for rule in (rules.ORIGINAL, *rules.CONTROLS):
+            yield "control", subject.train_size, rule
+
+
+def entropy_rows(run: Run, sizes: list[Size]) -> Iterator[dict[str, Any]]:
+    """Mean entropy of every layer and step, for the figures."""
+    for size in tqdm(sizes, desc="entropy"):
+        for rule in (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED):
+            record = run.subject.entropies(size, range(RECORDED), run.settings(rule))
+            for row in record.table(by=("layer", "step")):
+                yield {"kind": "entropy", "width": size[0], "height": size[1], "rule": rule} | {
+                    name: row[name] for name in ("layer", "step", "tokens", "train_tokens", "entropy")
+                }
+
+
+def work(run: Run, sizes: list[Size], what: list[str], record: harness.Record) -> None:
+    """Do what is asked for; a row is written as soon as it is there."""
+    planned = list(cells(run.subject, sizes, what))
+    distinct = {(size, rule) for _, size, rule in planned}
+    with tqdm(total=len(distinct) * run.num, desc="images", unit="image") as progress:
+        for kind, size, rule in planned:
+            record.add({"kind": kind, **run.row(size, rule, progress)})
+        if "quality" in what:
+            for size in sizes:
+                if size != run.subject.train_size:
+                    chosen = run.chosen_exponent(size, progress)
+                    record.add({"kind": "chosen", **run.row(size, chosen, progress)})
+    if "entropy" in what:
+        for row in entropy_rows(run, sizes):
+            record.add(row)
+
+
+def parse_size(text: str) -> Size:
+    try:
+        width, height = (int(side) for side in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is WIDTHxHEIGHT") from None
+    return width, height
+
+
+def open_run(arguments: argparse.Namespace) -> Run:
+    """Raises ValueError for a model, references or sizes that cannot be."""
+    judge: ImageJudge
+    if arguments.model == "glyphs":
+        subject, judge = glyphs(arguments.folder, arguments.steps), GlyphJudge()
+    else:
+        prompts = PROMPTS if arguments.prompts is None else arguments.prompts.read_text().splitlines()
+        subject = text_to_image(
+            arguments.model, prompts, arguments.steps or 50, arguments.guidance, arguments.device,
+            harness.DTYPES[arguments.dtype],
+        )  # fmt: skip
+        judge = TextJudge(arguments.references, prompts)
+    subject.check_sizes(arguments.sizes or subject.sizes)
+    name = subject.name.replace("/", "-")
+    return Run(subject, judge, arguments.num, arguments.batch, arguments.out / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="glyphs", help="glyphs, sd21, sd15, ldm, or any path or hub id")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
+    parser.add_argument("--sizes", nargs="+", type=parse_size, help="WIDTHxHEIGHT (default: the model's)")
+    parser.add_argument("--num", type=int, default=400, help="images of each size and scale (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's, or 50)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="of text-to-image models (default: %(default)s)")
+    parser.add_argument("--prompts", type=Path, help="a file with a prompt in each line")
+    parser.add_argument("--references", type=Path, help="a folder of images that FID compares with")
+    parser.add_argument("--folder", type=Path, default=GLYPHS, help="of the glyph pipeline (default: our own)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, default=Path("build/paper"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    if arguments.num < 40:
+        parser.error(f"--num must be at least 40, got {arguments.num}")
+    try:
+        run = open_run(arguments)
+        out = run.out / "results.json"
+        with harness.Record(out, arguments.device, model=arguments.model, num=arguments.num) as record:
+            work(run, arguments.sizes or list(run.subject.sizes), arguments.what, record)
+        written = harness.write_tables(out, record.machine, tables.report(run.judge, run.subject, record.rows))
+        figures.draw(record.rows, out.with_suffix(".png"), run.subject.train_size)
+    except (ValueError, OSError) as error:
+        print(f"paper.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {written} and {out.with_suffix('.png')}; the images stay in {run.out}")
+
+
+if __name__ == "__main__":
+    main()
