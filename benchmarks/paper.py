@@ -11,6 +11,7 @@ bootstrap over the images; a change is paired, image by image, with the original
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import harness
 import torch
 
 try:
-    from evaluation import figures, rules, tables
+    from evaluation import cost, figures, rules, tables
     from evaluation.images import ImageFolder, generate
     from evaluation.judges import GlyphJudge, ImageJudge, Measured, TextJudge, summary
     from evaluation.subjects import GLYPHS, PROMPTS, Size, Subject, glyphs, text_to_image
@@ -31,8 +32,9 @@ try:
 except ImportError as error:
     sys.exit(f"{error.name} is missing: pip install 'entropy_attn[demo]'")
 
-WHAT = ("quality", "control", "entropy")
+WHAT = ("quality", "control", "cost", "multidiffusion", "entropy")
 RECORDED = 20  # images for entropies and for the calibration
+ROUNDS = 5  # of timing
 
 
 class Run:
@@ -62,14 +64,23 @@ class Run:
         needed = rule in (rules.CALIBRATED, rules.MATCHED)
         return rules.options_of(rule, self.calibration if needed else None)
 
+    def way(self, size: Size, rule: str) -> cost.Way:
+        """How images of a cell are drawn."""
+        if rule == rules.RESIZED:
+            return lambda numbers: self.subject.draw_resized(size, numbers)
+        if rule == rules.MULTIDIFFUSION:
+            panorama = self.subject.with_multidiffusion()
+            return lambda numbers: torch.cat([panorama.draw(size, [number], None) for number in numbers])
+        settings = self.settings(rule)
+        return lambda numbers: self.subject.draw(size, numbers, settings)
+
     def measured(self, size: Size, rule: str, progress: tqdm) -> Measured:
         """Of all images of a cell, which are generated as far as they are missing."""
         if (size, rule) not in self._measured:
             folder = ImageFolder(self.out / f"{size[0]}x{size[1]}" / rule.replace(" ", "-"))
-            settings = self.settings(rule)
             progress.set_postfix_str(f"{size[0]}x{size[1]} {rule}")
             numbers = list(range(self.num))
-            generate(folder, numbers, lambda some: self.subject.draw(size, some, settings), self.batch, progress.update)
+            generate(folder, numbers, self.way(size, rule), self.batch, progress.update)
             self._measured[size, rule] = self.judge.measure(folder.load(numbers), numbers)
         return self._measured[size, rule]
 
@@ -81,6 +92,13 @@ class Run:
         if rule != rules.ORIGINAL:
             original = Measured(*(x[second] for x in self.measured(size, rules.ORIGINAL, progress)))
         return {"width": size[0], "height": size[1], "rule": rule, **summary(self.judge, size, of, original)}
+
+    @functools.cache  # noqa: B019 (a run lives as long as the script)
+    def cost(self, size: Size, kind: str) -> dict[str, dict[str, Any]]:
+        """Time and memory of the original scale, the paper's and what they are compared with."""
+        other = rules.RESIZED if kind == "cost" else rules.MULTIDIFFUSION
+        ways = {rule: self.way(size, rule) for rule in (rules.ORIGINAL, rules.PAPER, other)}
+        return cost.measure(ways, ROUNDS, self.subject.pipe.device.type)
 
     def chosen_exponent(self, size: Size, progress: tqdm) -> str:
         """The exponent with the smallest distance on the first half of the images."""
@@ -103,6 +121,18 @@ def cells(subject: Subject, sizes: list[Size], what: list[str]) -> Iterator[tupl
     if "control" in what:
         for rule in (rules.ORIGINAL, *rules.CONTROLS):
             yield "control", subject.train_size, rule
+    for kind, rule in (("cost", rules.RESIZED), ("multidiffusion", rules.MULTIDIFFUSION)):
+        if kind in what:
+            for size in compared(subject, sizes, kind):
+                for each in (rules.ORIGINAL, rules.PAPER, rule):
+                    yield kind, size, each
+
+
+def compared(subject: Subject, sizes: list[Size], kind: str) -> list[Size]:
+    """The sizes at which time and memory are compared: for resizing, those that are smaller than the trained one."""
+    others = [size for size in sizes if size != subject.train_size]
+    width, height = subject.train_size
+    return [size for size in others if kind == "multidiffusion" or size[0] * size[1] < width * height]
 
 
 def entropy_rows(run: Run, sizes: list[Size]) -> Iterator[dict[str, Any]]:
@@ -122,7 +152,10 @@ def work(run: Run, sizes: list[Size], what: list[str], record: harness.Record) -
     distinct = {(size, rule) for _, size, rule in planned}
     with tqdm(total=len(distinct) * run.num, desc="images", unit="image") as progress:
         for kind, size, rule in planned:
-            record.add({"kind": kind, **run.row(size, rule, progress)})
+            row = {"kind": kind, **run.row(size, rule, progress)}
+            if kind in ("cost", "multidiffusion"):
+                row |= run.cost(size, kind)[rule]
+            record.add(row)
         if "quality" in what:
             for size in sizes:
                 if size != run.subject.train_size:
@@ -131,6 +164,20 @@ def work(run: Run, sizes: list[Size], what: list[str], record: harness.Record) -
     if "entropy" in what:
         for row in entropy_rows(run, sizes):
             record.add(row)
+
+
+def wanted(subject: Subject, what: list[str]) -> list[str]:
+    """What is to be done. Raises ValueError for MultiDiffusion where the model has none, unless all was asked for."""
+    if "all" not in what:
+        if "multidiffusion" in what:
+            subject.with_multidiffusion()
+        return what
+    try:
+        subject.with_multidiffusion()
+    except ValueError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return [each for each in WHAT if each != "multidiffusion"]
+    return list(WHAT)
 
 
 def parse_size(text: str) -> Size:
@@ -161,7 +208,9 @@ def open_run(arguments: argparse.Namespace) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="glyphs", help="glyphs, sd21, sd15, ldm, or any path or hub id")
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
+    parser.add_argument(
+        "--what", nargs="+", choices=(*WHAT, "all"), default=["all"], help="all: what the model allows (default)"
+    )
     parser.add_argument("--sizes", nargs="+", type=parse_size, help="WIDTHxHEIGHT (default: the model's)")
     parser.add_argument("--num", type=int, default=400, help="images of each size and scale (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=50, help="default: %(default)s")
@@ -180,7 +229,7 @@ def main() -> None:
         run = open_run(arguments)
         out = run.out / "results.json"
         with harness.Record(out, arguments.device, model=arguments.model, num=arguments.num) as record:
-            work(run, arguments.sizes or list(run.subject.sizes), arguments.what, record)
+            work(run, arguments.sizes or list(run.subject.sizes), wanted(run.subject, arguments.what), record)
         written = harness.write_tables(out, record.machine, tables.report(run.judge, run.subject, record.rows))
         figures.draw(record.rows, out.with_suffix(".png"), run.subject.train_size)
     except (ValueError, OSError) as error:

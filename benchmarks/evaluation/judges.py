@@ -13,7 +13,7 @@ from metrics import bootstrap, frechet_distance
 from evaluation.images import read_image
 from evaluation.subjects import Size
 
-MISSING = "FID and CLIP score need torchmetrics with its image extras: pip install 'entropy_attn[paper]'"
+CLIP = "openai/clip-vit-base-patch16"
 BATCH = 25
 
 
@@ -52,26 +52,37 @@ class GlyphJudge:
 
 
 class TextJudge:
-    """FID by torchmetrics' Inception features against a folder of images, and CLIP score with the prompts."""
+    """FID by torchmetrics' Inception features against a folder of images, and CLIP score with the prompts.
+
+    CLIP score is the cosine between the image's and the prompt's embedding, by transformers: torchmetrics 1.9 does not
+    run with transformers 5.
+    """
 
     distance_name = "FID"
     score_name = "CLIP score"
 
     def __init__(
-        self, references: Path | None, prompts: Sequence[str], inception: Any = None, clip: Any = None
+        self,
+        references: Path | None,
+        prompts: Sequence[str],
+        inception: Any = None,
+        clip: tuple[Any, Any] | None = None,
     ) -> None:
-        """`inception` and `clip` take the place of torchmetrics' networks: a module from images (n, 3, H, W) uint8 to
-        features, and a local folder or hub id of a CLIP model."""
+        """`inception` takes the place of torchmetrics' network, as `FrechetInceptionDistance(feature=...)` takes it;
+        `clip` that of CLIP: a model and its processor.
+
+        Raises:
+            ValueError: torchmetrics is missing, CLIP cannot be loaded, or there are not 2 references.
+        """
         self.prompts = prompts
         self.files = image_files(references) if references else []
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
-            from torchmetrics.multimodal.clip_score import CLIPScore
 
             self.inception = FrechetInceptionDistance(2048 if inception is None else inception).inception
-            self.clip = CLIPScore(clip or "openai/clip-vit-base-patch16")
-        except (ImportError, ModuleNotFoundError) as error:
-            raise ValueError(f"{MISSING} ({error})") from error
+        except ImportError as error:  # torch-fidelity, which holds the network, may be what is missing
+            raise ValueError(f"FID needs torchmetrics: pip install 'entropy_attn[paper]' ({error})") from error
+        self.clip, self.processor = load_clip() if clip is None else clip
         self._reference: torch.Tensor | None = None
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -79,15 +90,19 @@ class TextJudge:
             return torch.cat([self.inception((part * 255).byte()) for part in rgb(images).split(BATCH)])
 
     def measure(self, images: torch.Tensor, numbers: Sequence[int]) -> Measured:
-        from torchmetrics.functional.multimodal.clip_score import _clip_score_update
+        return Measured(self.features(images), torch.cat([
+            self.clip_scores(images[start : start + BATCH], numbers[start : start + BATCH])
+            for start in range(0, len(images), BATCH)
+        ]))  # fmt: skip
 
-        scores = []
-        for start in range(0, len(images), BATCH):
-            chosen = [self.prompts[number % len(self.prompts)] for number in numbers[start : start + BATCH]]
-            part = list((rgb(images[start : start + BATCH]) * 255).byte())
-            with torch.no_grad():
-                scores.append(_clip_score_update(part, chosen, self.clip.model, self.clip.processor)[0])
-        return Measured(self.features(images), torch.cat(scores) / 100)
+    @torch.no_grad()
+    def clip_scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        """The cosine of every image with its prompt, (n,)."""
+        prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
+        text = self.processor(text=prompts, padding=True, truncation=True, return_tensors="pt")
+        pixels = self.processor(images=list((rgb(images) * 255).byte()), return_tensors="pt")
+        embedded = self.clip(input_ids=text["input_ids"], attention_mask=text["attention_mask"], **pixels)
+        return torch.nn.functional.cosine_similarity(embedded.image_embeds, embedded.text_embeds)
 
     def reference(self, size: Size) -> torch.Tensor:
         """The reference images' features; the paper compares all sizes with the same images."""
@@ -96,6 +111,16 @@ class TextJudge:
         if self._reference is None:
             self._reference = torch.cat([self.features(read_image(file)[None]) for file in self.files])
         return self._reference
+
+
+def load_clip() -> tuple[Any, Any]:
+    """CLIP and its processor. Raises ValueError where they cannot be had."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        return CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{CLIP} cannot be loaded for the CLIP score: {str(error).splitlines()[0]}") from error
 
 
 def rgb(images: torch.Tensor) -> torch.Tensor:

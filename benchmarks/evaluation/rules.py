@@ -9,6 +9,7 @@ from entropy_attn.diffusers import Calibration
 EXPONENTS = (1.0, 2.0, 4.0)
 MULTIPLIERS = (0.8, 0.9, 1.1, 1.25)  # of the control at the trained size
 ORIGINAL, PAPER, CALIBRATED, MATCHED = "original", "paper", "calibrated", "matched"
+RESIZED, MULTIDIFFUSION = "resized", "multidiffusion"  # other ways to an image of a size than a scale
 RULES = (ORIGINAL, PAPER, *(f"exponent {p:g}" for p in EXPONENTS), CALIBRATED, MATCHED)
 CONTROLS = tuple(f"multiplier {m:g}" for m in MULTIPLIERS)
 MEANING = {
@@ -17,6 +18,8 @@ MEANING = {
     "exponent p": "(log_T N)^p / √d; the paper's p is 0.5",
     CALIBRATED: "√((ln N − H_T) / (ln T − H_T) / d), with H_T each layer's measured entropy at the trained size",
     MATCHED: "that, and then each step follows the entropy of the step before towards H_T",
+    RESIZED: "drawn at the trained size, then resized",
+    MULTIDIFFUSION: "MultiDiffusion (Bar-Tal et al., 2023), by Diffusers' panorama pipeline",
     "multiplier m": "m / √d at every size: the control",
 }
 

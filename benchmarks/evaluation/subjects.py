@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from glyphs.evaluate import Judge, digits
 from glyphs.pipeline import GlyphPipeline
 
@@ -68,6 +68,25 @@ class Subject:
         arguments = {"width": size[0], "height": size[1], "generator": generators, **self.options, **self.call(numbers)}
         images = self.pipe(**arguments, output_type="np").images
         return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+
+    def draw_resized(self, size: Size, numbers: Sequence[int]) -> torch.Tensor:
+        """Images of the trained size, resized."""
+        images = self.draw(self.train_size, numbers, None)
+        return torch.nn.functional.interpolate(images, size[::-1], mode="bilinear", antialias=True).clamp(0, 1)
+
+    def with_multidiffusion(self) -> Subject:
+        """The same model, drawing by MultiDiffusion. Raises ValueError where Diffusers has none for it."""
+        from diffusers import DDIMScheduler, StableDiffusionPanoramaPipeline
+
+        if not isinstance(self.pipe, StableDiffusionPipeline):
+            raise ValueError(
+                f"MultiDiffusion takes a StableDiffusionPipeline, {self.name} is a {type(self.pipe).__name__}"
+            )
+        components = dict(self.pipe.components)
+        components["scheduler"] = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        pipe = StableDiffusionPanoramaPipeline(**components, requires_safety_checker=False).to(self.pipe.device)
+        pipe.set_progress_bar_config(disable=True)
+        return replace(self, pipe=pipe)
 
     def entropies(self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None) -> EntropyRecord:
         """The entropies of the layers and steps while images of these numbers are drawn."""

@@ -52,6 +52,21 @@ def quality(judge: ImageJudge, subject: Subject, rows: Iterable[Row]) -> str:
     return harness.markdown(header, lines)
 
 
+def costs(judge: ImageJudge, rows: Iterable[Row]) -> str:
+    """Tables 4 and 5: quality, time and memory of the ways to an image of a size."""
+    header = ["width x height", "way", judge.distance_name, "seconds an image", "peak memory (MiB)"]
+    header += ["the paper's FID, MiB, s (A100, Stable Diffusion)"]
+    lines = []
+    for row in rows:
+        paper = published.COST.get((row["width"], row["height"]), {}).get(row["rule"])
+        low, high = row["seconds_quartiles"]
+        lines.append([
+            size_of(row), row["rule"], interval(row, "distance", 1), f"{row['seconds']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['peak_mib']:.1f}", ", ".join(map(str, paper)) if paper else "",
+        ])  # fmt: skip
+    return harness.markdown(header, lines)
+
+
 def entropies(rows: list[Row]) -> str:
     """Mean entropy of the layers at each number of tokens."""
     lines = []
@@ -77,6 +92,13 @@ def report(judge: ImageJudge, subject: Subject, rows: list[Row]) -> str:
         of = [row for row in rows if row["kind"] == kind]
         if of:
             parts.append(f"### {title}\n\n{quality(judge, subject, of)}")
+    for kind, title in (
+        ("cost", "Against resizing from the trained size"),
+        ("multidiffusion", "Against MultiDiffusion"),
+    ):
+        of = [row for row in rows if row["kind"] == kind]
+        if of:
+            parts.append(f"### {title}\n\n{costs(judge, of)}")
     of = [row for row in rows if row["kind"] == "entropy"]
     if of:
         parts.append(f"### Entropy\n\n{entropies(of)}")
