@@ -111,10 +111,8 @@ def draw_images(figure: Any, outcomes: dict, trained: tuple[int, int]) -> None:
         strip = torch.nn.functional.pad(outcome.shown[:, 0], (1, 1), value=0.5)
         axes.imshow(torch.cat(list(strip), 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set(xticks=[], yticks=[], frame_on=False)
-        note = " (trained)" if size == trained else ""
-        axes.set_ylabel(
-            f"{size[0]} x {size[1]}{note}\n{way.split(',')[0].split(' ')[0]}", rotation=0, ha="right", va="center"
-        )
+        name = "trained" if size == trained else way.split(",")[0].split(" ")[0]
+        axes.set_ylabel(f"{size[0]} x {size[1]}\n{name}", rotation=0, ha="right", va="center")
     figure.suptitle("The same seeds with both scales")
 
 

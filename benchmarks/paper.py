@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ try:
     from evaluation.subjects import GLYPHS, PROMPTS, Size, Subject, glyphs, text_to_image
     from tqdm import tqdm
 except ImportError as error:
-    sys.exit(f"{error.name} is missing: pip install 'entropy_attn[demo]'")
+    print(f"{error.name} is missing: pip install 'entropy_attn[demo]'", file=sys.stderr)
+    sys.exit(2)
 
 WHAT = ("quality", "control", "cost", "multidiffusion", "entropy")
 RECORDED = 20  # images for entropies and for the calibration
@@ -45,6 +47,25 @@ class Run:
         self._calibration: Any = None
         self._measured: dict[tuple[Size, str], Measured] = {}
 
+    def check_settings(self, **settings: Any) -> None:
+        """What is in the folder was made with these settings and weights, or there is nothing yet.
+
+        Raises:
+            ValueError: it was made with others.
+        """
+        now = settings | {"batch": self.batch, "weights": self.subject.fingerprint()}
+        path = self.out / "settings.json"
+        if not path.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(now, indent=1) + "\n")
+            return
+        then = json.loads(path.read_text())
+        changed = [name for name in now if now[name] != then.get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.out} holds images of another {', '.join(changed)}: remove it, or give another --out"
+            )
+
     @property
     def calibration(self) -> Any:
         """Measured once, kept in a file."""
@@ -55,7 +76,7 @@ class Run:
             if path.exists():
                 self._calibration = Calibration.load(path, self.subject.pipe)
             else:
-                self._calibration = self.subject.calibrate(range(RECORDED))
+                self._calibration = self.subject.calibrate(range(RECORDED), self.batch)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._calibration.save(path)
         return self._calibration
@@ -135,20 +156,27 @@ def compared(subject: Subject, sizes: list[Size], kind: str) -> list[Size]:
     return [size for size in others if kind == "multidiffusion" or size[0] * size[1] < width * height]
 
 
-def entropy_rows(run: Run, sizes: list[Size]) -> Iterator[dict[str, Any]]:
+def entropy_rows(run: Run, size: Size, rule: str) -> Iterator[dict[str, Any]]:
     """Mean entropy of every layer and step, for the figures."""
-    for size in tqdm(sizes, desc="entropy"):
-        for rule in (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED):
-            record = run.subject.entropies(size, range(RECORDED), run.settings(rule))
-            for row in record.table(by=("layer", "step")):
-                yield {"kind": "entropy", "width": size[0], "height": size[1], "rule": rule} | {
-                    name: row[name] for name in ("layer", "step", "tokens", "train_tokens", "entropy")
-                }
+    record = run.subject.entropies(size, range(RECORDED), run.settings(rule), run.batch)
+    for row in record.table(by=("layer", "step")):
+        yield {"kind": "entropy", "width": size[0], "height": size[1], "rule": rule} | {
+            name: row[name] for name in ("layer", "step", "tokens", "train_tokens", "entropy")
+        }
 
 
-def work(run: Run, sizes: list[Size], what: list[str], record: harness.Record) -> None:
-    """Do what is asked for; a row is written as soon as it is there."""
-    planned = list(cells(run.subject, sizes, what))
+def key_of(row: dict[str, Any]) -> tuple:
+    return row["kind"], (row["width"], row["height"]), row["rule"]
+
+
+def work(run: Run, sizes: list[Size], what: list[str], record: harness.Record, kept: list[dict[str, Any]]) -> None:
+    """Do what is asked for and not `kept` from an earlier run; a row is written as soon as it is there."""
+    kept = [row for row in kept if row.get("images", run.num - run.num // 2) == run.num - run.num // 2]
+    record.add(*kept)
+    done = {key_of(row) for row in kept}
+    planned = [cell for cell in cells(run.subject, sizes, what) if cell not in done]
+    if planned:
+        run.judge.reference(sizes[0])  # so that what is wrong with it is said before any image is drawn
     distinct = {(size, rule) for _, size, rule in planned}
     with tqdm(total=len(distinct) * run.num, desc="images", unit="image") as progress:
         for kind, size, rule in planned:
@@ -156,14 +184,15 @@ def work(run: Run, sizes: list[Size], what: list[str], record: harness.Record) -
             if kind in ("cost", "multidiffusion"):
                 row |= run.cost(size, kind)[rule]
             record.add(row)
-        if "quality" in what:
-            for size in sizes:
-                if size != run.subject.train_size:
-                    chosen = run.chosen_exponent(size, progress)
-                    record.add({"kind": "chosen", **run.row(size, chosen, progress)})
+        chosen = [size for size in sizes if size != run.subject.train_size] if "quality" in what else []
+        for size in chosen:
+            if not any(key[:2] == ("chosen", size) for key in done):
+                record.add({"kind": "chosen", **run.row(size, run.chosen_exponent(size, progress), progress)})
     if "entropy" in what:
-        for row in entropy_rows(run, sizes):
-            record.add(row)
+        for size in tqdm(sizes, desc="entropy"):
+            for rule in (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED):
+                if ("entropy", size, rule) not in done:
+                    record.add(*entropy_rows(run, size, rule))
 
 
 def wanted(subject: Subject, what: list[str]) -> list[str]:
@@ -188,21 +217,33 @@ def parse_size(text: str) -> Size:
     return width, height
 
 
+def read_prompts(path: Path | None) -> list[str]:
+    """One from each line that is not empty. Raises ValueError where there is none."""
+    lines = list(PROMPTS) if path is None else [line for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts: {path} has no prompt in it")
+    return lines
+
+
 def open_run(arguments: argparse.Namespace) -> Run:
     """Raises ValueError for a model, references or sizes that cannot be."""
     judge: ImageJudge
     if arguments.model == "glyphs":
         subject, judge = glyphs(arguments.folder, arguments.steps), GlyphJudge()
     else:
-        prompts = PROMPTS if arguments.prompts is None else arguments.prompts.read_text().splitlines()
+        prompts = read_prompts(arguments.prompts)
         subject = text_to_image(
             arguments.model, prompts, arguments.steps or 50, arguments.guidance, arguments.device,
             harness.DTYPES[arguments.dtype],
         )  # fmt: skip
         judge = TextJudge(arguments.references, prompts)
     subject.check_sizes(arguments.sizes or subject.sizes)
-    name = subject.name.replace("/", "-")
-    return Run(subject, judge, arguments.num, arguments.batch, arguments.out / name)
+    run = Run(subject, judge, arguments.num, arguments.batch, arguments.out / subject.name.replace("/", "-"))
+    run.check_settings(
+        **{name: getattr(arguments, name) for name in ("model", "steps", "guidance", "dtype")},
+        prompts=None if arguments.prompts is None else arguments.prompts.read_text(),
+    )
+    return run
 
 
 def main() -> None:
@@ -223,13 +264,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/paper"), help="default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.num < 40:
-        parser.error(f"--num must be at least 40, got {arguments.num}")
+    for name, least in (("num", 40), ("batch", 1), ("steps", 1)):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: PyTorch {torch.__version__} sees no GPU")
     try:
         run = open_run(arguments)
         out = run.out / "results.json"
+        kept = harness.load(out)[1] if out.exists() else []
         with harness.Record(out, arguments.device, model=arguments.model, num=arguments.num) as record:
-            work(run, arguments.sizes or list(run.subject.sizes), wanted(run.subject, arguments.what), record)
+            work(run, arguments.sizes or list(run.subject.sizes), wanted(run.subject, arguments.what), record, kept)
         written = harness.write_tables(out, record.machine, tables.report(run.judge, run.subject, record.rows))
         figures.draw(record.rows, out.with_suffix(".png"), run.subject.train_size)
     except (ValueError, OSError) as error:

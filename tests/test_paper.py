@@ -1,7 +1,6 @@
 """paper.py: its parts, and whole runs on the embedded pipeline and on tiny ones of the paper's families."""
 
 import importlib
-import io
 import json
 import math
 import subprocess
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 
 
 @pytest.fixture
@@ -50,6 +50,8 @@ def test_an_interrupted_folder_goes_on(evaluation, tmp_path):
     rest = []
     images.generate(folder, range(7), lambda n: (rest.extend(n), torch.zeros(len(n), 1, 2, 2))[1], 2, done.append)
     assert rest == [4, 5, 6]
+    folder.file(2).unlink()  # drawn again with its batch, of which the other is kept
+    images.generate(folder, range(7), lambda n: torch.full((len(n), 1, 2, 2), 2 / 255), 2, done.append)
     assert folder.load([2, 3])[:, 0, 0, 0].mul(255).tolist() == [2, 3]
 
 
@@ -86,22 +88,22 @@ def test_fit(evaluation):
 @pytest.mark.parametrize("name", ["evaluation.published"])
 def test_published_figures_favour_the_papers_scale(evaluation, name):
     published = evaluation(name)
-    assert all(ours < original for sizes in published.FID.values() for original, ours in sizes.values())
-    assert all(ours > original for sizes in published.CLIP_SCORE.values() for original, ours in sizes.values())
+    assert all(ours <= original for sizes in published.FID.values() for original, ours in sizes.values())
+    assert all(ours >= original for sizes in published.CLIP_SCORE.values() for original, ours in sizes.values())
 
 
 def test_a_run_on_the_embedded_pipeline(tmp_path):
-    arguments = ("--num", 40, "--steps", 1, "--sizes", "16x16", "24x24", "36x24", "--out", tmp_path)
+    arguments = ("--num", 40, "--steps", 1, "--sizes", "16x16", "24x24", "--out", tmp_path)
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "glyphs" / "results.json").read_text())["rows"]
     kinds = [row["kind"] for row in rows]
-    assert kinds.count("quality") == 7 + 1 + 7
+    assert kinds.count("quality") == 7 + 1
     assert kinds.count("control") == 5
     assert kinds.count("cost") == 3
     assert "MultiDiffusion takes" in done.stderr
     assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in rows if row["kind"] == "cost")
-    assert kinds.count("chosen") == 2
+    assert kinds.count("chosen") == 1
     assert all(row["images"] == 20 for row in rows if row["kind"] != "entropy")
     first = next(row for row in rows if row["rule"] == "original")
     assert "distance_change" not in first
@@ -111,13 +113,13 @@ def test_a_run_on_the_embedded_pipeline(tmp_path):
     assert (tmp_path / "glyphs" / "results.png").stat().st_size > 50_000
     assert "Frechet distance (glyph recogniser's features)" in (tmp_path / "glyphs" / "results.md").read_text()
 
-    # Of the second run only the missing image is drawn, and it comes out the same.
-    lost = tmp_path / "glyphs" / "16x16" / "paper" / "000007.png"
-    before, kept = lost.read_bytes(), lost.with_name("000008.png").stat().st_mtime_ns
-    lost.unlink()
-    assert run(*arguments, "--what", "quality").returncode == 0
-    assert np.abs(np.array(Image.open(lost), int) - np.array(Image.open(io.BytesIO(before)), int)).max() <= 2
-    assert lost.with_name("000008.png").stat().st_mtime_ns == kept
+    # A second run keeps the rows it is not asked for; with other settings there is none.
+    again = run(*arguments, "--what", "quality")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "glyphs" / "results.json").read_text())["rows"] == rows
+    other = run(*arguments, "--batch", 20)
+    assert other.returncode == 2
+    assert "images of another batch" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -128,13 +130,16 @@ def test_a_run_on_the_embedded_pipeline(tmp_path):
         (["--sizes", "17x16"], "multiples of 4 pixels, got 17x16"),
         (["--sizes", "wide"], "got 'wide', allowed is WIDTHxHEIGHT"),
         (["--num", "10"], "--num must be at least 40"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        pytest.param(["--device", "cuda:7"], "sees no GPU", marks=NO_GPU),
     ],
 )
-def test_bad_input(tmp_path, arguments, said):
-    done = run(*arguments, "--out", tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_input(evaluation, monkeypatch, capsys, tmp_path, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["paper.py", *arguments, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        evaluation("paper").main()
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 class Colours(torch.nn.Module):
@@ -216,9 +221,9 @@ def test_the_paper_s_own_figures_stand_beside_ours(evaluation, tmp_path):
     subject = subjects.Subject("sd21", None, (512, 512), (), 8, lambda numbers: {}, "sd")
     judge = judges.TextJudge.__new__(judges.TextJudge)
     lines = tables.quality(judge, subject, rows).splitlines()
-    assert lines[2].endswith("| 74.57 |")
-    assert lines[3].endswith("| 41.89 |")
-    assert lines[4].endswith("|  |")
+    assert lines[2].endswith("| 74.5742 | 0.2553 |")
+    assert lines[3].endswith("| 41.8925 | 0.2764 |")
+    assert lines[4].endswith("|  |  |")
 
 
 @pytest.mark.parametrize("content", ["none", "empty", "one"])

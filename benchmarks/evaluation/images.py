@@ -54,12 +54,16 @@ def generate(
     progress: Callable[[int], object],
 ) -> None:
     """Fill a folder with the images of these numbers. `draw` gives those of a few numbers, (n, C, H, W) in [0, 1];
-    `progress` is told how many were finished."""
+    `progress` is told how many were finished.
+
+    Numbers are drawn in the same batches whatever is missing: some ways follow the mean of their batch.
+    """
     numbers = list(numbers)
-    missing = folder.missing(numbers)
-    progress(len(numbers) - len(missing))
-    for start in range(0, len(missing), batch):
-        chosen = missing[start : start + batch]
-        for number, image in zip(chosen, draw(chosen), strict=True):
-            folder.save(number, image)
+    for start in range(0, len(numbers), batch):
+        chosen = numbers[start : start + batch]
+        missing = set(folder.missing(chosen))
+        if missing:
+            for number, image in zip(chosen, draw(chosen), strict=True):
+                if number in missing:
+                    folder.save(number, image)
         progress(len(chosen))

@@ -33,7 +33,7 @@ class Known:
     train_size: int
 
 
-SD_SIZES = ((224, 224), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
+SD_SIZES = ((128, 128), (224, 224), (384, 384), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
 LDM_SIZES = ((128, 128), (224, 224), (256, 256), (384, 384), (256, 144), (256, 192))
 KNOWN = {
     "sd21": Known("stabilityai/stable-diffusion-2-1-base", "sd", SD_SIZES, 512),
@@ -45,7 +45,8 @@ GLYPH_SIZES = ((16, 16), (20, 20), (28, 28), (32, 32), (36, 36), (16, 24), (24, 
 
 @dataclass
 class Subject:
-    """A pipeline that draws image number n from seed n, the same in any batch, up to rounding."""
+    """A pipeline that draws image number n from seed n: the same in any batch, up to rounding, unless entropy matching
+    follows the mean of the batch."""
 
     name: str
     pipe: Any
@@ -88,16 +89,25 @@ class Subject:
         pipe.set_progress_bar_config(disable=True)
         return replace(self, pipe=pipe)
 
-    def entropies(self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None) -> EntropyRecord:
-        """The entropies of the layers and steps while images of these numbers are drawn."""
+    def entropies(
+        self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None, batch: int
+    ) -> EntropyRecord:
+        """The entropies of the layers and steps while images of these numbers are drawn, `batch` at a time."""
         record = EntropyRecord()
-        self.draw(size, numbers, {**({"exponent": 0} if settings is None else settings), "record_entropy": record})
+        settings = {**({"exponent": 0} if settings is None else settings), "record_entropy": record}
+        for start in range(0, len(numbers), batch):
+            self.draw(size, numbers[start : start + batch], settings)
         return record
 
-    def calibrate(self, numbers: Sequence[int]) -> Calibration:
+    def calibrate(self, numbers: Sequence[int], batch: int) -> Calibration:
         """Every layer's mean entropy at the trained size, from these images."""
-        record = self.entropies(self.train_size, numbers, None)
+        record = self.entropies(self.train_size, numbers, None, batch)
         return calibration_from(self.pipe, record, train_size=self.train_size[::-1])
+
+    def fingerprint(self) -> str:
+        """Of the denoiser's weights."""
+        model = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        return f"{sum(parameter.double().abs().sum().item() for parameter in model.parameters()):.9e}"
 
     def check_sizes(self, sizes: Sequence[Size]) -> None:
         """Raises ValueError for a size the pipeline cannot draw."""

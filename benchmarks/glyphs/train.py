@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import socket
@@ -128,6 +129,7 @@ def steps_of(arguments: argparse.Namespace, rank: int) -> Iterator[tuple[int, fl
         yield step + 1, gradients[-1].item()
     if rank == 0:
         save_pipeline(average, arguments.out)
+        (arguments.out / "training.json").write_text(json.dumps(settings(arguments), indent=1) + "\n")
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
