@@ -112,7 +112,8 @@ class GlyphPipeline(DiffusionPipeline):
 
     def _check(self, labels, height, width, output_type) -> None:
         classes = self.embedder.config.num_classes
-        if not labels or not all(isinstance(label, int) and 0 <= label < classes for label in labels):
+        known = isinstance(labels, list) and all(isinstance(label, int) and 0 <= label < classes for label in labels)
+        if not labels or not known:
             raise ValueError(f"labels must be a list of ints from 0 to {classes - 1}, got {labels!r}")
         for name, size in (("height", height), ("width", width)):
             if size % self.multiple or size <= 0:
