@@ -184,18 +184,18 @@ def references(folder, count=6):
 def test_a_run_on_a_tiny_model_of_the_paper(evaluation, tmp_path, monkeypatch, kind):
     pytest.importorskip("torchmetrics")
     subjects, judges, tables = (evaluation(f"evaluation.{name}") for name in ("subjects", "judges", "tables"))
-    paper, harness = evaluation("paper"), evaluation("harness")
+    paper, runs, harness = evaluation("paper"), evaluation("evaluation.run"), evaluation("harness")
     prompts = ["a red fox", "a blue house"]
     subject = subjects.text_subject(kind, getattr(tiny_pipelines, kind)(), prompts, 2, 2.0, subjects.KNOWN[kind])
     assert subject.train_size == (subjects.KNOWN[kind].train_size,) * 2
     judge = judges.TextJudge(references(tmp_path / "references"), prompts, Colours(), tiny_clip())
-    run = paper.Run(subject, judge, 6, 3, tmp_path / kind)
+    run = runs.Run(subject, judge, 6, 3, tmp_path / kind)
     size = (64, 128)
     subject.check_sizes([size])
-    with harness.Record(tmp_path / "rows.json", "cpu") as record, paper.tqdm(disable=True) as progress:
+    with harness.Record(tmp_path / "rows.json", "cpu") as record, runs.tqdm(disable=True) as progress:
         for rule in ("original", "paper", "exponent 2"):
             record.add({"kind": "quality", **run.row(size, rule, progress)})
-        monkeypatch.setattr(paper, "ROUNDS", 1)
+        monkeypatch.setattr(runs, "ROUNDS", 1)
         record.add({"kind": "cost", **run.row(size, "resized", progress), **run.cost(size, "cost")["resized"]})
         if kind == "ldm":
             with pytest.raises(ValueError, match="MultiDiffusion takes a StableDiffusionPipeline"):
