@@ -1,7 +1,11 @@
 """The embedded glyph pipeline: drawing, reading, training that goes on, and the pipeline under `enable`."""
 
 import argparse
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +45,7 @@ def test_rendering_depends_on_the_seed_only(glyphs):
     assert first.max() > 0.8
 
 
-@pytest.mark.parametrize(("labels", "size"), [([10], 24), ([-1], 24), ([1], 7)])
+@pytest.mark.parametrize(("labels", "size"), [([10], 24), ([-1], 24), ([1], 7), ([1.5], 24)])
 def test_rendering_refuses(glyphs, labels, size):
     with pytest.raises(ValueError, match="must be"):
         glyphs.data.render(labels, size, size, seeded(0))
@@ -87,6 +91,28 @@ def test_an_interrupted_training_ends_at_the_same_weights(glyphs, tmp_path, monk
         assert torch.equal(a, b)
     untrained = glyphs.designs.build("plain")
     assert not all(torch.equal(a, b) for a, b in zip(whole.unet.parameters(), untrained.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_two_processes_are_killed_and_go_on(tmp_path):
+    """Killed after the first checkpoint, and run again by the same command."""
+    command = [sys.executable, BENCHMARKS / "glyphs" / "train.py", "--steps", "205", "--batch", "2", "--images", "20"]
+    command += ["--out", tmp_path, "--design", "levels"]
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoint = tmp_path / "checkpoint.pt"
+    for _ in range(1200):
+        if checkpoint.exists() or training.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(training.pid, signal.SIGKILL)
+    training.wait()
+    assert checkpoint.exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "model_index.json").exists()
+    other = subprocess.run([*command, "--seed", "9"], capture_output=True, text=True, timeout=120, check=False)
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
 
 
 def test_a_training_does_not_go_on_with_other_settings(glyphs, tmp_path, monkeypatch):
@@ -166,7 +192,9 @@ def test_it_is_saved_and_loaded(glyphs, shipped, tmp_path):
     [
         ({"labels": []}, "labels"), ({"labels": [10]}, "labels"), ({"labels": 3}, "labels"),
         ({"height": 25}, "height must be a multiple"), ({"width": -8}, "width must be a multiple"),
-        ({"output_type": "latent"}, "output_type"),
+        ({"output_type": "latent"}, "output_type"), ({"labels": [True]}, "labels"), ({"height": 0}, "height"),
+        ({"width": 24.0}, "width"), ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"generator": [torch.Generator()] * 2}, "generator must be one"),
     ],
 )  # fmt: skip
 def test_the_pipeline_refuses(shipped, wrong, said):

@@ -37,9 +37,9 @@ def render_with_faces(
     """`render`, and which of FACES each was drawn in, (B,) int64."""
     if min(height, width) < 8:
         raise ValueError(f"height and width must be at least 8, got {height} and {width}")
-    labels = [int(label) for label in labels]
-    if not all(0 <= label < len(CLASSES) for label in labels):
-        raise ValueError(f"labels must be from 0 to {len(CLASSES) - 1}, got {labels}")
+    labels = torch.as_tensor(labels).tolist()
+    if not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
+        raise ValueError(f"labels must be ints from 0 to {len(CLASSES) - 1}, got {labels}")
     drawn = torch.rand(len(labels), 4, generator=generator)
     images = [_draw(CLASSES[label], height, width, *where) for label, where in zip(labels, drawn.tolist(), strict=True)]
     return torch.from_numpy(np.stack(images))[:, None].float() / 255, (drawn[:, 0] * len(FACES)).long()

@@ -89,8 +89,9 @@ class GlyphPipeline(DiffusionPipeline):
         Raises:
             ValueError: labels, a size, a number of generators or an output type that cannot be.
         """
-        height, width = height or self.train_size, width or self.train_size
-        self._check(labels, height, width, output_type)
+        height = self.train_size if height is None else height
+        width = self.train_size if width is None else width
+        self._check(labels, height, width, num_inference_steps, generator, output_type)
         count, no_label = len(labels), self.embedder.config.num_classes
         samples = randn_tensor((count, 1, height, width), generator, self._execution_device, self.unet.dtype)
         ids = torch.tensor(labels, device=samples.device)
@@ -110,13 +111,17 @@ class GlyphPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
-    def _check(self, labels, height, width, output_type) -> None:
+    def _check(self, labels, height, width, steps, generator, output_type) -> None:
         classes = self.embedder.config.num_classes
-        known = isinstance(labels, list) and all(isinstance(label, int) and 0 <= label < classes for label in labels)
+        known = isinstance(labels, list) and all(type(label) is int and 0 <= label < classes for label in labels)
         if not labels or not known:
             raise ValueError(f"labels must be a list of ints from 0 to {classes - 1}, got {labels!r}")
         for name, size in (("height", height), ("width", width)):
-            if size % self.multiple or size <= 0:
-                raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {size}")
+            if type(size) is not int or size <= 0 or size % self.multiple:
+                raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {size!r}")
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"num_inference_steps must be an int of at least 1, got {steps!r}")
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(f"generator must be one, or one for each of {len(labels)} labels, got {len(generator)}")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")

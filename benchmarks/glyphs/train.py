@@ -146,14 +146,22 @@ def save_checkpoint(arguments, model, average, optimiser, step: int) -> None:
     path.with_suffix(".part").replace(path)  # whole, whenever it is interrupted
 
 
-def load_checkpoint(arguments, model, average, optimiser) -> int:
-    """How many steps are done already, with everything as it was after them."""
+def check_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The checkpoint that is there, or None. Raises ValueError where it is of a training with other settings."""
     path = arguments.out / "checkpoint.pt"
     if not path.exists():
-        return 0
+        return None
     state = torch.load(path, weights_only=True)
     if state["settings"] != settings(arguments):
         raise ValueError(f"{path} is of a training with other settings, {state['settings']}: remove it or take them")
+    return state
+
+
+def load_checkpoint(arguments, model, average, optimiser) -> int:
+    """How many steps are done already, with everything as it was after them."""
+    state = check_settings(arguments)
+    if state is None:
+        return 0
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
@@ -182,7 +190,7 @@ def run(rank: int, arguments: argparse.Namespace, port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--design", choices=designs.DESIGNS, default="levels", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=48, help="images a step (default: %(default)s)")
     parser.add_argument("--images", type=int, default=40000, help="that are drawn for the training")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
@@ -190,18 +198,22 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/glyphs"), help="default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.processes < 1 or arguments.batch % arguments.processes:
+    for name in ("steps", "batch", "images", "processes"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.batch % arguments.processes:
         parser.error(f"--batch {arguments.batch} does not divide among --processes {arguments.processes}")
+    try:
+        check_settings(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.processes == 1:
+        run(0, arguments, 0)
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    try:
-        if arguments.processes == 1:
-            run(0, arguments, port)
-        else:
-            torch.multiprocessing.spawn(run, (arguments, port), nprocs=arguments.processes)
-    except ValueError as error:
-        sys.exit(str(error))
+    torch.multiprocessing.spawn(run, (arguments, port), nprocs=arguments.processes)
 
 
 if __name__ == "__main__":
