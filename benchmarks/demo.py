@@ -65,7 +65,7 @@ def verdict(judge: Judge, size: tuple[int, int], original: Outcome, adapted: Out
             original.features[chosen], reference
         )
 
-    low, high = bootstrap(change, len(original.features), 100)
+    low, high = bootstrap(change, len(original.features), 100, biased=True)
     word = "helped" if high < 0 else "hurt" if low > 0 else "no difference to be seen"
     return f"{word} ({low:+.1f} to {high:+.1f})"
 

@@ -25,16 +25,22 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def bootstrap(
-    statistic: Callable[[torch.Tensor], float], count: int, resamples: int = 200, seed: int = 0, level: float = 0.95
+    statistic: Callable[[torch.Tensor], float],
+    count: int,
+    resamples: int = 200,
+    seed: int = 0,
+    level: float = 0.95,
+    biased: bool = False,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic of `count` samples: it is given indices of samples, drawn with repetition.
 
-    Repeated samples bias a Frechet distance upwards; so the interval is moved by as much as the resamples' mean is off
-    the statistic of all samples. For the difference of two ways with the same seeds, take the difference within the
-    statistic: that is paired.
+    Repeated samples bias a Frechet distance upwards: with `biased` the interval is moved by as much as the resamples'
+    mean is off the statistic of all samples. For the difference of two ways with the same seeds, take the difference
+    within the statistic: that is paired.
     """
     generator = torch.Generator().manual_seed(seed)
     values = np.array([statistic(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)])
-    values += statistic(torch.arange(count)) - values.mean()
+    if biased:
+        values += statistic(torch.arange(count)) - values.mean()
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

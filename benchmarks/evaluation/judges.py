@@ -148,14 +148,16 @@ def summary(judge: ImageJudge, size: Size, measured: Measured, original: Measure
     row = {
         "images": count,
         "distance": distance(measured, everything),
-        "distance_interval": bootstrap(lambda i: distance(measured, i), count, 100),
+        "distance_interval": bootstrap(lambda i: distance(measured, i), count, 100, biased=True),
         "score": measured.scores.mean().item(),
         "score_interval": bootstrap(lambda i: measured.scores[i].mean().item(), count),
     }
     if original is not None:
         difference = measured.scores - original.scores
         row["distance_change"] = row["distance"] - distance(original, everything)
-        row["distance_change_interval"] = bootstrap(lambda i: distance(measured, i) - distance(original, i), count, 100)
+        row["distance_change_interval"] = bootstrap(
+            lambda i: distance(measured, i) - distance(original, i), count, 100, biased=True
+        )
         row["score_change"] = difference.mean().item()
         row["score_change_interval"] = bootstrap(lambda i: difference[i].mean().item(), count)
     return row

@@ -146,7 +146,9 @@ class Judge:
         distance = frechet_distance(features, reference)
         return {
             "images": len(images), "frechet": distance, "recognised": right.mean().item(),
-            "frechet_interval": bootstrap(lambda i: frechet_distance(features[i], reference), len(images), 100),
+            "frechet_interval": bootstrap(
+                lambda i: frechet_distance(features[i], reference), len(images), 100, biased=True
+            ),
             "recognised_interval": bootstrap(lambda i: right[i].mean().item(), len(images)),
         }  # fmt: skip
 
