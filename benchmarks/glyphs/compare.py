@@ -33,13 +33,12 @@ def overview(folder: Path, training: Row, rows: list[Row]) -> list[str]:
         f"{sum(row['tokens'] == T for row in layers)} x {T}" for T in dict.fromkeys(row["tokens"] for row in layers)
     )
 
-    def mean(name: str) -> float:
-        return sum(row[name] for row in layers) / len(layers)
+    def each(name: str) -> str:
+        return ", ".join(f"{row[name]:.1f}" for row in layers)
 
     return [
         f"{training['design']}", f"{parameters(folder):.2f}", f"{training['steps']} x {training['batch']}", tokens,
-        f"{mean('deficit'):.2f}", f"{mean('half_variance'):.2f}", f"{at_one['frechet']:.1f}",
-        f"{at_one['recognised']:.1f}",
+        each("deficit"), each("half_variance"), f"{at_one['frechet']:.1f}", f"{at_one['recognised']:.1f}",
         ", ".join(f"{way.removeprefix('m = ')}: {row['frechet']:.1f}" for way, row in control.items()),
     ]  # fmt: skip
 
@@ -63,8 +62,8 @@ def report(folders: list[Path]) -> str:
         training = json.loads((folder / "training.json").read_text())
         machine, rows = harness.load(folder / "evaluation.json")
         read.append((folder, training, machine, rows))
-    header = ["design", "parameters (M)", "steps x batch", "self-attention: layers x T", "mean of ln T − entropy",
-              "mean of σ² / 2", "Frechet distance at 24 x 24", "recognised (%)",
+    header = ["design", "parameters (M)", "steps x batch", "self-attention: layers x T", "ln T − entropy, by layer",
+              "σ² / 2, by layer", "Frechet distance at 24 x 24", "recognised (%)",
               "Frechet distance with m times the scale"]  # fmt: skip
     first = harness.markdown(header, [overview(folder, training, rows) for folder, training, _, rows in read])
     header = ["design", "height x width", "original", "λ", "calibrated"]
