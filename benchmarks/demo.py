@@ -21,6 +21,7 @@ import torch
 
 try:
     import numpy as np
+    from evaluation.figures import fit
     from glyphs.evaluate import Judge, digits, draw, entropies, mean_entropies
     from glyphs.pipeline import GlyphPipeline
     from tqdm import tqdm
@@ -124,12 +125,11 @@ def draw_fits(axes: Any, outcomes: dict) -> None:
         for level, marker in zip(range(len(means[0]["tokens"])), "osD^", strict=False):
             N = np.array([mean["tokens"][level] for mean in means])
             entropy = np.array([mean["entropy"][level] for mean in means])
-            slope, intercept = np.polyfit(np.log(N), entropy, 1)
-            share = np.corrcoef(np.log(N), entropy)[0, 1] ** 2
-            label = f"{way}, level {level}: slope {slope:.3f}, R² {share:.4f}"
+            line = fit(N, entropy)
+            label = f"{way}, level {level}: slope {line.slope:.3f}, R² {line.r_squared:.4f}"
             axes.plot(N, entropy, marker, color=colour, label=label)
             ends = np.array([N.min(), N.max()])
-            axes.plot(ends, slope * np.log(ends) + intercept, color=colour, linewidth=1)
+            axes.plot(ends, line.slope * np.log(ends) + line.intercept, color=colour, linewidth=1)
             tokens += N.tolist()
     harness.token_axis(axes, tokens)
     axes.set(xlabel="tokens N of a layer", ylabel="mean entropy (nats)", title="Entropy against ln N")

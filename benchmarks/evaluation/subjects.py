@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from glyphs.evaluate import Judge, digits
+from glyphs.evaluate import digits
 from glyphs.pipeline import GlyphPipeline
 
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibration_from, enable
@@ -166,6 +166,3 @@ def text_subject(
         lambda numbers: {"prompt": [prompts[number % len(prompts)] for number in numbers]},
         known.family if known else None, {"num_inference_steps": steps, "guidance_scale": guidance},
     )  # fmt: skip
-
-
-__all__ = ["GLYPHS", "KNOWN", "PROMPTS", "Judge", "Known", "Size", "Subject", "glyphs", "text_subject", "text_to_image"]
