@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,73 +23,70 @@ import torch
 try:
     import numpy as np
     from evaluation.figures import fit
-    from glyphs.evaluate import Judge, digits, draw, entropies, mean_entropies
-    from glyphs.pipeline import GlyphPipeline
+    from evaluation.judges import GlyphJudge, distance_row
+    from evaluation.subjects import GLYPHS, Size, Subject, glyphs
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"{error.name} is missing: pip install 'entropy_attn[demo]'")
 import harness
-from metrics import bootstrap, frechet_distance
 
-from entropy_attn.diffusers import EntropyRecord, enable
+from entropy_attn.diffusers import EntropyRecord
 
-MODEL = Path(__file__).parent / "glyphs" / "model"
-SIZES = ((16, 16), (24, 16), (24, 24), (36, 24), (32, 32))  # height, width
+SIZES: tuple[Size, ...] = ((16, 16), (16, 24), (24, 24), (24, 36), (32, 32))
+RECORDED = 20  # images for the entropy, two of each digit
+BATCH = 50
 SHOWN = 10  # images of each size in the picture
 WAYS = {"original, 1/√d": None, "λ = √(log$_T$ N / d)": {}}
 
 
 class Outcome(NamedTuple):
-    """One size with one scale: features (n, F), which images were recognised (n,), the first images, and entropies."""
+    """One size with one scale: features (n, F), scores in per cent (n,), the first images, and entropies."""
 
     features: torch.Tensor
-    recognised: torch.Tensor
+    scores: torch.Tensor
     shown: torch.Tensor
     record: EntropyRecord
 
 
-def sample(pipe: GlyphPipeline, judge: Judge, size: tuple[int, int], count: int, options: dict | None) -> Outcome:
-    if options is None:
-        images = draw(pipe, size, count)
-    else:
-        with enable(pipe, **options):
-            images = draw(pipe, size, count)
-    features, read = judge.read(images)
-    return Outcome(features, read == digits(0, count), images[:SHOWN], entropies(pipe, size, options))
+def sample(subject: Subject, judge: GlyphJudge, size: Size, count: int, settings: dict | None) -> Outcome:
+    numbers = range(count)
+    images = torch.cat([subject.draw(size, numbers[i : i + BATCH], settings) for i in range(0, count, BATCH)])
+    record = subject.entropies(size, range(RECORDED), settings, RECORDED)
+    return Outcome(judge.features(images), judge.scores(images, numbers), images[:SHOWN], record)
 
 
-def verdict(judge: Judge, size: tuple[int, int], original: Outcome, adapted: Outcome) -> str:
-    """What the Frechet distance says, with the 95 % interval of its change over the images, which share their seeds."""
-    reference = judge.reference(size)
+def mean_entropies(record: EntropyRecord) -> dict[int, float]:
+    """The mean entropy of the layers with each number of tokens, most tokens first."""
+    levels = defaultdict(list)
+    for row in record.table(by=("layer",)):
+        levels[row["tokens"]].append(row["entropy"])
+    return {N: sum(levels[N]) / len(levels[N]) for N in sorted(levels, reverse=True)}
 
-    def change(chosen: torch.Tensor) -> float:
-        return frechet_distance(adapted.features[chosen], reference) - frechet_distance(
-            original.features[chosen], reference
-        )
 
-    low, high = bootstrap(change, len(original.features), 100, biased=True)
+def verdict(low: float, high: float) -> str:
+    """What the 95 % interval of the change of the Frechet distance says; the images share their seeds."""
     word = "helped" if high < 0 else "hurt" if low > 0 else "no difference to be seen"
     return f"{word} ({low:+.1f} to {high:+.1f})"
 
 
-def row_of(judge: Judge, size: tuple[int, int], trained: bool, original: Outcome, adapted: Outcome) -> list[str]:
-    reference = judge.reference(size)
+def row_of(judge: GlyphJudge, size: Size, trained: bool, original: Outcome, adapted: Outcome) -> list[str]:
     before, after = (mean_entropies(outcome.record) for outcome in (original, adapted))
+    distance = distance_row(judge.reference(size), adapted.features, original.features)
 
     def arrow(form: str, *values: float) -> str:
         return " → ".join(format(value, form) for value in values)
 
     return [
         f"{size[0]} x {size[1]}",
-        ", ".join(str(N) for N in before["tokens"]),
-        arrow(".1f", *(frechet_distance(outcome.features, reference) for outcome in (original, adapted))),
-        "the same by definition" if trained else verdict(judge, size, original, adapted),
-        arrow(".0f", *(100 * outcome.recognised.float().mean().item() for outcome in (original, adapted))),
-        ", ".join(arrow(".2f", *pair) for pair in zip(before["entropy"], after["entropy"], strict=True)),
+        ", ".join(str(N) for N in before),
+        arrow(".1f", distance["value"] - distance["change"], distance["value"]),
+        "the same by definition" if trained else verdict(*distance["change_interval"]),
+        arrow(".0f", original.scores.mean().item(), adapted.scores.mean().item()),
+        ", ".join(arrow(".2f", before[N], after[N]) for N in before),
     ]
 
 
-def picture(outcomes: dict[tuple[int, int], tuple[Outcome, Outcome]], trained: tuple[int, int], path: Path) -> None:
+def picture(outcomes: dict[Size, tuple[Outcome, Outcome]], trained: Size, path: Path) -> None:
     plt = harness.pyplot()
     figure = plt.figure(figsize=(15, 7.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
@@ -100,14 +98,14 @@ def picture(outcomes: dict[tuple[int, int], tuple[Outcome, Outcome]], trained: t
     plt.close(figure)
 
 
-def draw_images(figure: Any, outcomes: dict, trained: tuple[int, int]) -> None:
+def draw_images(figure: Any, outcomes: dict, trained: Size) -> None:
     """A row of images for each size and scale, all in the same proportion to the pixels."""
     shown = [
         (size, way, outcome)
         for size, pair in outcomes.items()
         for way, outcome in zip(WAYS, pair if size != trained else pair[:1], strict=False)
     ]
-    heights = [size[0] for size, _, _ in shown]
+    heights = [size[1] for size, _, _ in shown]
     for axes, (size, way, outcome) in zip(figure.subplots(len(shown), 1, height_ratios=heights), shown, strict=True):
         strip = torch.nn.functional.pad(outcome.shown[:, 0], (1, 1), value=0.5)
         axes.imshow(torch.cat(list(strip), 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -122,21 +120,20 @@ def draw_fits(axes: Any, outcomes: dict) -> None:
     tokens: list[int] = []
     for colour, (position, way) in zip(("tab:red", "tab:blue"), enumerate(WAYS), strict=True):
         means = [mean_entropies(pair[position].record) for pair in outcomes.values()]
-        for level, marker in zip(range(len(means[0]["tokens"])), "osD^", strict=False):
-            N = np.array([mean["tokens"][level] for mean in means])
-            entropy = np.array([mean["entropy"][level] for mean in means])
+        for level, marker in zip(range(len(means[0])), "osD^", strict=False):
+            N, entropy = np.array([list(mean.items())[level] for mean in means]).T
             line = fit(N, entropy)
             label = f"{way}, level {level}: slope {line.slope:.3f}, R² {line.r_squared:.4f}"
             axes.plot(N, entropy, marker, color=colour, label=label)
             ends = np.array([N.min(), N.max()])
             axes.plot(ends, line.slope * np.log(ends) + line.intercept, color=colour, linewidth=1)
-            tokens += N.tolist()
+            tokens += N.astype(int).tolist()
     harness.token_axis(axes, tokens)
     axes.set(xlabel="tokens N of a layer", ylabel="mean entropy (nats)", title="Entropy against ln N")
     axes.legend(frameon=False, fontsize=8)
 
 
-def draw_layers(axes: Any, outcomes: dict, trained: tuple[int, int]) -> None:
+def draw_layers(axes: Any, outcomes: dict, trained: Size) -> None:
     """Entropy of every layer at the trained size, the smallest and the largest, with both scales (Fig. 6)."""
     sizes = sorted(outcomes, key=lambda size: size[0] * size[1])
     for colour, size in zip(("tab:green", "tab:gray", "tab:purple"), (sizes[0], trained, sizes[-1]), strict=True):
@@ -152,7 +149,7 @@ def draw_layers(axes: Any, outcomes: dict, trained: tuple[int, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a glyph pipeline (default: our own)")
+    parser.add_argument("--model", type=Path, default=GLYPHS, help="folder of a glyph pipeline (default: our own)")
     parser.add_argument("--count", type=int, default=100, help="images of each size and scale (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
     arguments = parser.parse_args()
@@ -160,20 +157,19 @@ def main() -> None:
         parser.error(f"--count must be at least 20, for a distance of any meaning, got {arguments.count}")
     if not arguments.out.absolute().parent.is_dir():
         parser.error(f"--out: no folder {arguments.out.absolute().parent}")
-    if not (arguments.model / "model_index.json").is_file():
-        parser.error(f"--model: no pipeline in {arguments.model}")
     started = time.perf_counter()
-    pipe = GlyphPipeline.from_pretrained(arguments.model)
-    pipe.set_progress_bar_config(disable=True)
-    trained = (pipe.train_size, pipe.train_size)
-    judge = Judge()
+    try:
+        subject = glyphs(arguments.model)
+    except ValueError as error:
+        parser.error(f"--model: {error}")
+    trained, judge = subject.train_size, GlyphJudge()
     outcomes = {}
     for size in tqdm(SIZES, desc="sizes"):
-        original = sample(pipe, judge, size, arguments.count, None)
+        original = sample(subject, judge, size, arguments.count, None)
         at_trained = size == trained
-        adapted = original if at_trained else sample(pipe, judge, size, arguments.count, WAYS[list(WAYS)[1]])
+        adapted = original if at_trained else sample(subject, judge, size, arguments.count, WAYS[list(WAYS)[1]])
         outcomes[size] = (original, adapted)
-    header = ["height x width", "N", "Frechet distance", "λ (95 % of the change)", "recognised (%)", "entropy (nats)"]
+    header = ["width x height", "N", "Frechet distance", "λ (95 % of the change)", "recognised (%)", "entropy (nats)"]
     rows = [row_of(judge, size, size == trained, *pair) for size, pair in outcomes.items()]
     print(f"\n{arguments.count} images of each size, original → λ\n\n{harness.markdown(header, rows)}\n")
     picture(outcomes, trained, arguments.out)

@@ -3,44 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Frechet distance of the normal distributions with the means and covariances of two sets of features, (n, F).
+class Reference:
+    """Reference features (n, F), for Frechet distances to the normal distribution with their mean and covariance.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), by Dowson and Landau (1982); in float64.
     """
-    for name, x in (("features", features), ("reference", reference)):
-        if x.ndim != 2 or len(x) < 2:
-            raise ValueError(f"{name} must have shape (n, F) with n of at least 2, got {tuple(x.shape)}")
-    features, reference = features.double(), reference.double()
-    covariance, other = torch.cov(features.T), torch.cov(reference.T)
-    # The eigenvalues of C1 C2 are real and not negative, but for rounding.
-    root = torch.linalg.eigvals(covariance @ other).real.clamp(min=0).sqrt().sum()
-    between = (features.mean(0) - reference.mean(0)).square().sum()
-    return (between + covariance.trace() + other.trace() - 2 * root).item()
+
+    def __init__(self, features: torch.Tensor) -> None:
+        features = _checked("reference", features)
+        self.mean = features.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(features.T))
+        values = values.clamp(min=0)  # negative by rounding only
+        self.trace = values.sum()
+        self.root = vectors * values.sqrt() @ vectors.T
+
+    def distances(self, features: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        """The distance of the samples that are chosen among `features` (n, F), by their indices."""
+        features = _checked("features", features)
+        projected = features @ self.root
+
+        def distance(chosen: torch.Tensor) -> float:
+            x, y = features[chosen], projected[chosen]
+            y = (y - y.mean(0)) / (len(chosen) - 1) ** 0.5
+            # The eigenvalues of C1 C2 are those of y.T y, and but for zeros those of y y.T: of the two the smaller.
+            gram = y @ y.T if y.shape[0] < y.shape[1] else y.T @ y
+            root = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+            between = (x.mean(0) - self.mean).square().sum()
+            return (between + x.var(0).sum() + self.trace - 2 * root).item()
+
+        return distance
+
+    def distance(self, features: torch.Tensor) -> float:
+        """The distance of all samples `features`, (n, F)."""
+        return self.distances(features)(torch.arange(len(features)))
+
+
+def _checked(name: str, x: torch.Tensor) -> torch.Tensor:
+    if x.ndim != 2 or len(x) < 2:
+        raise ValueError(f"{name} must have shape (n, F) with n of at least 2, got {tuple(x.shape)}")
+    return x.double()
 
 
 def bootstrap(
-    statistic: Callable[[torch.Tensor], float],
+    statistic: Callable[[torch.Tensor], Any],
     count: int,
     resamples: int = 200,
     seed: int = 0,
     level: float = 0.95,
     biased: bool = False,
-) -> tuple[float, float]:
-    """Percentile interval of a statistic of `count` samples: it is given indices of samples, drawn with repetition.
+) -> list:
+    """Percentile interval [low, high] of a statistic of `count` samples: it is given indices, drawn with repetition.
 
-    Repeated samples bias a Frechet distance upwards: with `biased` the interval is moved by as much as the resamples'
-    mean is off the statistic of all samples. For the difference of two ways with the same seeds, take the difference
-    within the statistic: that is paired.
+    Of a statistic of several values, the intervals of each. Repeated samples bias a Frechet distance upwards: with
+    `biased` the interval is moved by as much as the resamples' mean is off the statistic of all samples. For the
+    difference of two ways with the same seeds, take the difference within the statistic: that is paired.
     """
     generator = torch.Generator().manual_seed(seed)
     values = np.array([statistic(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)])
     if biased:
-        values += statistic(torch.arange(count)) - values.mean()
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+        values += np.array(statistic(torch.arange(count))) - values.mean(0)
+    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0).T.tolist()

@@ -5,7 +5,9 @@
 
 Every image is kept, so an interrupted run goes on where it was. Image number n comes from seed n with every scale. The
 first half of the images chooses among the exponents, and all figures are of the second half. Intervals are of 95 %, by
-bootstrap over the images; a change is paired, image by image, with the original scale.
+bootstrap over the images; a change is paired, image by image, with the original scale. At the trained size, if it is
+among the sizes, multiples of the scale are the control. For the embedded pipeline "fid" is the Frechet distance of our
+own recogniser's features, and "clip" the share of digits that it reads.
 """
 
 from __future__ import annotations
@@ -22,28 +24,30 @@ import torch
 
 try:
     from evaluation import figures, tables
-    from evaluation.judges import GlyphJudge, ImageJudge, TextJudge
-    from evaluation.run import Run, work
-    from evaluation.subjects import GLYPHS, PROMPTS, Size, Subject, glyphs, text_to_image
+    from evaluation.judges import CLIP, GlyphJudge, Judge, TextJudge
+    from evaluation.rows import Rows
+    from evaluation.run import MULTIDIFFUSION, WHAT, Run, work
+    from evaluation.sources import read_prompts
+    from evaluation.subjects import GLYPHS, Size, Subject, glyphs, text_to_image
 except ImportError as error:
     print(f"{error.name} is missing: pip install 'entropy_attn[demo]'", file=sys.stderr)
     sys.exit(2)
 
-WHAT = ("quality", "control", "cost", "multidiffusion", "entropy")
+TEXT_ONLY = ("prompts", "references", "clip", "inception", "train_size")
 
 
 def wanted(subject: Subject, what: list[str]) -> list[str]:
     """What is to be done. Raises ValueError for MultiDiffusion where the model has none, unless all was asked for."""
-    if "all" not in what:
-        if "multidiffusion" in what:
-            subject.with_multidiffusion()
-        return what
-    try:
-        subject.with_multidiffusion()
-    except ValueError as error:
-        print(f"left out: {error}", file=sys.stderr)
-        return [each for each in WHAT if each != "multidiffusion"]
-    return list(WHAT)
+    chosen = list(WHAT) if "all" in what else what
+    if MULTIDIFFUSION in chosen:
+        try:
+            subject.check_multidiffusion()
+        except ValueError as error:
+            if "all" not in what:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            chosen.remove(MULTIDIFFUSION)
+    return chosen
 
 
 def parse_size(text: str) -> Size:
@@ -54,36 +58,34 @@ def parse_size(text: str) -> Size:
     return width, height
 
 
-def read_prompts(path: Path | None) -> list[str]:
-    """One from each line that is not empty. Raises ValueError where there is none."""
-    lines = list(PROMPTS) if path is None else [line for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"--prompts: {path} has no prompt in it")
-    return lines
+def open_model(arguments: argparse.Namespace) -> tuple[Subject, Judge]:
+    """Raises ValueError for a model or prompts that cannot be."""
+    device, dtype = arguments.device, harness.DTYPES[arguments.dtype]
+    options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
+    if arguments.model == "glyphs":
+        given = {name: x for name, x in options.items() if x is not None}  # the pipeline has its own defaults
+        return glyphs(arguments.folder or GLYPHS, device, dtype, **given), GlyphJudge()
+    for name, default in (("num_inference_steps", 50), ("guidance_scale", 7.5)):
+        options[name] = default if options[name] is None else options[name]
+    prompts = read_prompts(arguments.prompts)
+    subject = text_to_image(arguments.model, prompts, device, dtype, arguments.train_size, **options)
+    return subject, TextJudge(arguments.references, prompts, device, arguments.clip or CLIP, arguments.inception)
 
 
 def open_run(arguments: argparse.Namespace) -> Run:
-    """Raises ValueError for a model, references or sizes that cannot be."""
-    judge: ImageJudge
-    if arguments.model == "glyphs":
-        subject, judge = glyphs(arguments.folder, arguments.steps), GlyphJudge()
-    else:
-        prompts = read_prompts(arguments.prompts)
-        subject = text_to_image(
-            arguments.model, prompts, arguments.steps or 50, arguments.guidance, arguments.device,
-            harness.DTYPES[arguments.dtype],
-        )  # fmt: skip
-        judge = TextJudge(arguments.references, prompts)
+    """Raises ValueError for a model, prompts or sizes that cannot be, or a folder with images of other settings."""
+    subject, judge = open_model(arguments)
     subject.check_sizes(arguments.sizes or subject.sizes)
-    run = Run(subject, judge, arguments.num, arguments.batch, arguments.out / subject.name.replace("/", "-"))
+    name = Path(subject.name).resolve().name if Path(subject.name).is_dir() else subject.name.replace("/", "-")
+    run = Run(subject, judge, arguments.num, arguments.batch, arguments.out / name, arguments.seed)
     run.check_settings(
-        **{name: getattr(arguments, name) for name in ("model", "steps", "guidance", "dtype")},
-        prompts=None if arguments.prompts is None else arguments.prompts.read_text(),
+        **{name: getattr(arguments, name) for name in ("model", "steps", "guidance", "dtype", "train_size")},
+        prompts=None if arguments.model == "glyphs" else judge.prompts,
     )
     return run
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="glyphs", help="glyphs, sd21, sd15, ldm, or any path or hub id")
     parser.add_argument(
@@ -91,33 +93,50 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", type=parse_size, help="WIDTHxHEIGHT (default: the model's)")
     parser.add_argument("--num", type=int, default=400, help="images of each size and scale (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first image (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=50, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's, or 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="of text-to-image models (default: %(default)s)")
-    parser.add_argument("--prompts", type=Path, help="a file with a prompt in each line")
-    parser.add_argument("--references", type=Path, help="a folder of images that FID compares with")
-    parser.add_argument("--folder", type=Path, default=GLYPHS, help="of the glyph pipeline (default: our own)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the glyph pipeline's own, or 50)")
+    parser.add_argument("--guidance", type=float, help="default: the glyph pipeline's own, or 7.5")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/paper"), help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="of the glyph pipeline (default: our own)")
+    text = parser.add_argument_group("text-to-image models", "A dataset is written datasets:NAME:SPLIT:COLUMN.")
+    text.add_argument("--prompts", help="a file with a prompt in each line, a folder of such, or a dataset")
+    text.add_argument("--references", help="the images that FID compares with: a folder or a dataset")
+    text.add_argument("--clip", help=f"path or hub id of the CLIP model (default: {CLIP})")
+    text.add_argument("--inception", help="file of Inception's weights, where there is no network")
+    text.add_argument("--train-size", type=parse_size, help="WIDTHxHEIGHT, where the model does not say it")
     arguments = parser.parse_args()
-    for name, least in (("num", 40), ("batch", 1), ("steps", 1)):
+    for name, least in (("num", 40), ("batch", 1), ("steps", 1), ("seed", 0)):
         if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device}: PyTorch {torch.__version__} sees no GPU")
+    for name in TEXT_ONLY if arguments.model == "glyphs" else ("folder",):
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} has no meaning for --model {arguments.model}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
     try:
         run = open_run(arguments)
-        out = run.out / "results.json"
-        kept = harness.load(out)[1] if out.exists() else []
-        with harness.Record(out, arguments.device, model=arguments.model, num=arguments.num) as record:
-            work(run, arguments.sizes or list(run.subject.sizes), wanted(run.subject, arguments.what), record, kept)
-        written = harness.write_tables(out, record.machine, tables.report(run.judge, run.subject, record.rows))
-        figures.draw(record.rows, out.with_suffix(".png"), run.subject.train_size)
+        what = wanted(run.subject, arguments.what)
+        about = {name: getattr(arguments, name) for name in ("model", "num", "seed", "references", "clip")}
+        with Rows(run.out / "results.jsonl", arguments.device, **about) as rows:
+            work(run, arguments.sizes or list(run.subject.sizes), what, rows)
+        written = harness.write_tables(rows.path, rows.machine, tables.report(run.judge, run.subject, rows.rows))
+        names = {kind: name for kind, (name, _) in tables.kinds_of(run.judge).items()}
+        figures.draw(rows.rows, rows.path.with_suffix(".png"), run.subject.train_size, names)
+    except torch.OutOfMemoryError as error:
+        print(f"paper.py: out of memory, what was drawn is kept: lower --batch ({error})", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"paper.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {written} and {out.with_suffix('.png')}; the images stay in {run.out}")
+    print(f"wrote {written} and {rows.path.with_suffix('.png')}; the images stay in {run.out}")
 
 
 if __name__ == "__main__":

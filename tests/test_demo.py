@@ -30,13 +30,13 @@ def test_table_and_picture(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "→" in line]
     rows = {line[0]: line[1:] for line in lines if " x " in line[0]}
-    assert list(rows) == ["16 x 16", "24 x 16", "24 x 24", "36 x 24", "32 x 32"]
+    assert list(rows) == ["16 x 16", "16 x 24", "24 x 24", "24 x 36", "32 x 32"]
     assert rows["16 x 16"][0] == "64, 16"
     entropies = {size: [pair(cell) for cell in row[4].split(", ")] for size, row in rows.items()}
     trained = entropies.pop("24 x 24")
     assert all(before == after for before, after in trained)
     for size, levels in entropies.items():  # λ raises the entropy below the trained size, and lowers it above
-        height, width = map(int, size.split(" x "))
+        width, height = map(int, size.split(" x "))
         assert all((after > before) == (height * width < 24 * 24) and after != before for before, after in levels)
     assert all(re.match(r"helped|hurt|no difference", row[2]) for size, row in rows.items() if size in entropies)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -47,7 +47,7 @@ def test_table_and_picture(tmp_path):
     ("arguments", "message"),
     [
         (["--count", "3"], "--count must be at least 20"),
-        (["--model", "nowhere"], "--model: no pipeline in nowhere"),
+        (["--model", "nowhere"], "--model: no glyph pipeline in nowhere"),
         (["--out", "nowhere/demo.png"], "--out: no folder"),
     ],
 )

@@ -248,6 +248,24 @@ def test_matching_is_deterministic_and_bounded(calibrated):
         torch.testing.assert_close(tiny.call(pipe, 256, 256), stock, atol=1e-4, rtol=1e-4)
 
 
+def test_a_layer_that_had_one_token_has_nothing_to_match():
+    """The middle of this UNet has a single token at 64 x 64, whose entropy is 0."""
+    pipe = tiny.sd15()
+    with entropy_attn.enable(pipe, train_size=64, record_entropy=True, exponent=0) as handle:
+        tiny.call(pipe, 64, 64, steps=1)
+    record = handle.entropy
+    calibration = calibration_from(pipe, record, train_size=64)
+    assert abs(calibration.models[0].entropy["mid_block.attentions.0.transformer_blocks.0.attn1"]) < 1e-6
+    calibration.models[0].entropy["mid_block.attentions.0.transformer_blocks.0.attn1"] = 0.0  # but for rounding
+    with entropy_attn.enable(
+        pipe, train_size=64, calibration=calibration, match_entropy=True, record_entropy=True
+    ) as handle:
+        tiny.call(pipe, 128, 128, steps=3)
+    multipliers = {row["layer"]: row["multiplier"] for row in handle.entropy.table(by=("step", "layer"))}
+    assert multipliers["unet.mid_block.attentions.0.transformer_blocks.0.attn1"] == 1.0
+    assert sum(m != 1.0 for m in multipliers.values()) >= 10
+
+
 def test_the_matcher_finds_the_multiplier_of_a_row():
     """Logits of a normal distribution: Eq. 5 holds but roughly, and the steps still lead to H_T."""
     logits = torch.randn(1, 1, 64, 4096, generator=torch.Generator().manual_seed(0)) * 1.5

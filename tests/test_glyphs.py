@@ -205,11 +205,14 @@ def test_the_pipeline_refuses(shipped, wrong, said):
 def test_frechet_distance_of_known_normals(glyphs):
     x = torch.randn(20000, 3, generator=seeded(0), dtype=torch.float64)
     x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # mean 0, covariance 1, exactly
-    distance = glyphs.metrics.frechet_distance(x * torch.tensor([1.0, 2.0, 3.0]) + 4, x)
+    reference = glyphs.metrics.Reference(x)
+    distance = reference.distance(x * torch.tensor([1.0, 2.0, 3.0]) + 4)
     assert distance == pytest.approx(3 * 16 + 0 + 1 + 4, rel=1e-9)
-    assert glyphs.metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert reference.distance(x) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="features"):
-        glyphs.metrics.frechet_distance(x[:1], x)
+        reference.distance(x[:1])
+    with pytest.raises(ValueError, match="reference must"):
+        glyphs.metrics.Reference(x[0])
 
 
 def test_bootstrap_covers_the_mean(glyphs):

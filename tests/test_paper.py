@@ -1,6 +1,7 @@
 """paper.py: its parts, and whole runs on the embedded pipeline and on tiny ones of the paper's families."""
 
 import importlib
+import importlib.util
 import json
 import math
 import subprocess
@@ -50,9 +51,7 @@ def test_an_interrupted_folder_goes_on(evaluation, tmp_path):
     rest = []
     images.generate(folder, range(7), lambda n: (rest.extend(n), torch.zeros(len(n), 1, 2, 2))[1], 2, done.append)
     assert rest == [4, 5, 6]
-    folder.file(2).unlink()  # drawn again with its batch, of which the other is kept
-    images.generate(folder, range(7), lambda n: torch.full((len(n), 1, 2, 2), 2 / 255), 2, done.append)
-    assert folder.load([2, 3])[:, 0, 0, 0].mul(255).tolist() == [2, 3]
+    assert sum(done) == 7
 
 
 def test_a_file_that_is_no_image_is_named(evaluation, tmp_path):
@@ -92,34 +91,103 @@ def test_published_figures_favour_the_papers_scale(evaluation, name):
     assert all(ours >= original for sizes in published.CLIP_SCORE.values() for original, ours in sizes.values())
 
 
+def rows_in(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()][1:]
+
+
 def test_a_run_on_the_embedded_pipeline(tmp_path):
     arguments = ("--num", 40, "--steps", 1, "--sizes", "16x16", "24x24", "--out", tmp_path)
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "glyphs" / "results.json").read_text())["rows"]
+    results = tmp_path / "glyphs" / "results.jsonl"
+    rows = rows_in(results)
     kinds = [row["kind"] for row in rows]
-    assert kinds.count("quality") == 7 + 1
-    assert kinds.count("control") == 5
+    assert kinds.count("fid") == kinds.count("clip") == 7 + 1 + 5  # rules, resized, and the control
     assert kinds.count("cost") == 3
+    assert kinds.count("chosen") == 1
+    assert kinds.count("entropy") == 2 * 3
     assert "MultiDiffusion takes" in done.stderr
     assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in rows if row["kind"] == "cost")
-    assert kinds.count("chosen") == 1
-    assert all(row["images"] == 20 for row in rows if row["kind"] != "entropy")
-    first = next(row for row in rows if row["rule"] == "original")
-    assert "distance_change" not in first
-    assert all("distance_change" in row for row in rows if row["kind"] == "quality" and row["rule"] == "paper")
-    assert {row["train_tokens"] for row in rows if row["kind"] == "entropy"} == {144, 36}
+    judged = [row for row in rows if row["kind"] in ("fid", "clip")]
+    assert all(row["images"] == 20 for row in judged)
+    assert all(("change" in row) == (row["rule"] != "original") for row in judged)
+    places = [place for row in rows if row["kind"] == "entropy" for place in row["places"]]
+    assert {place["train_tokens"] for place in places} == {144, 36}
     assert len(list((tmp_path / "glyphs" / "16x16" / "paper").glob("*.png"))) == 40
-    assert (tmp_path / "glyphs" / "results.png").stat().st_size > 50_000
-    assert "Frechet distance (glyph recogniser's features)" in (tmp_path / "glyphs" / "results.md").read_text()
+    assert results.with_suffix(".png").stat().st_size > 50_000
+    table = results.with_suffix(".md").read_text()
+    assert "Frechet distance (glyph recogniser's features)" in table
+    assert "| 24 x 24 | multiplier 0.8 |" in table
 
-    # A second run keeps the rows it is not asked for; with other settings there is none.
-    again = run(*arguments, "--what", "quality")
+    # A torn line is measured again and nothing else; rows that are not asked for stay; other settings are refused.
+    lines = results.read_text().splitlines(keepends=True)
+    torn = json.loads(lines[3])
+    results.write_text("".join([*lines[:3], *lines[4:], lines[3][:-9]]))
+    again = run(*arguments, "--what", torn["kind"])
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "glyphs" / "results.json").read_text())["rows"] == rows
-    other = run(*arguments, "--batch", 20)
+    assert rows_in(results) == [*rows[:2], *rows[3:], torn]
+    other = run(*arguments, "--guidance", 2)
     assert other.returncode == 2
-    assert "images of another batch" in other.stderr
+    assert "images of another guidance" in other.stderr
+
+
+def test_what_is_not_asked_for_is_not_needed(evaluation, monkeypatch, tmp_path):
+    """Entropy takes no judge, and a distance no score."""
+    judges = evaluation("evaluation.judges")
+    monkeypatch.setattr(judges.recogniser, "load", lambda: pytest.fail("not needed"))
+    monkeypatch.setattr(sys, "argv", [
+        "paper.py", "--what", "entropy", "--num", "40", "--steps", "1", "--sizes", "16x16", "--out", str(tmp_path),
+    ])  # fmt: skip
+    evaluation("paper").main()
+    assert {row["kind"] for row in rows_in(tmp_path / "glyphs" / "results.jsonl")} == {"entropy"}
+
+
+def test_seeds_are_the_images_numbers(tmp_path):
+    for seed in (0, 20):
+        shared = ("--num", 40, "--steps", 1, "--sizes", "16x16", "--what", "clip", "--out", tmp_path / str(seed))
+        done = run(*shared, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+    folders = [tmp_path / seed / "glyphs" / "16x16" / "original" for seed in ("0", "20")]
+    names = [sorted(file.name for file in folder.glob("*.png")) for folder in folders]
+    assert names[0][20:] == names[1][:20]
+    for name in names[0][20:22]:  # drawn in other batches, so equal up to rounding
+        first, second = (np.array(Image.open(folder / name)).astype(int) for folder in folders)
+        assert abs(first - second).max() <= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+def test_a_full_disk_loses_nothing(tmp_path):
+    """The system refuses to write more than some bytes into a file; with room the same command goes on."""
+    import resource
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # images fit, the rows do not
+
+    arguments = ("--num", 40, "--steps", 1, "--sizes", "16x16", "--what", "clip", "--out", tmp_path)
+    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    full = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limited)
+    assert full.returncode == 2
+    assert "paper.py: [Errno 27] File too large" in full.stderr
+    drawn = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    assert len(drawn) == 7 * 40
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert all(file.stat().st_mtime_ns == then for file, then in drawn.items())
+    assert len(rows_in(tmp_path / "glyphs" / "results.jsonl")) == 7
+
+
+def test_out_of_memory_is_said(evaluation, monkeypatch, capsys, tmp_path):
+    paper = evaluation("paper")
+
+    def draw(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 99 GiB")
+
+    monkeypatch.setattr(evaluation("evaluation.subjects").Subject, "_draw", draw)
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--num", "40", "--sizes", "16x16", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        paper.main()
+    assert stopped.value.code == 2
+    assert "lower --batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +199,12 @@ def test_a_run_on_the_embedded_pipeline(tmp_path):
         (["--sizes", "wide"], "got 'wide', allowed is WIDTHxHEIGHT"),
         (["--num", "10"], "--num must be at least 40"),
         (["--batch", "0"], "--batch must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--references", "somewhere"], "--references has no meaning for --model glyphs"),
+        (["--train-size", "24x24"], "--train-size has no meaning for --model glyphs"),
+        (["--model", "sd21", "--folder", "somewhere"], "--folder has no meaning for --model sd21"),
+        (["--model", "sd21", "--prompts", "/nowhere/prompts.txt"], "/nowhere/prompts.txt cannot be read"),
+        (["--what", "multidiffusion"], "MultiDiffusion takes a StableDiffusionPipeline, glyphs is a GlyphPipeline"),
         pytest.param(["--device", "cuda:7"], "sees no GPU", marks=NO_GPU),
     ],
 )
@@ -152,27 +226,22 @@ class Colours(torch.nn.Module):
         return torch.cat([pixels.mean(2), pixels.std(2)], 1)
 
 
-def tiny_clip():
-    from transformers import CLIPConfig, CLIPModel
+def tiny_clip(folder):
+    """A CLIP of random weights, saved as it is loaded."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    tokenizer = tiny_pipelines.tokenizer()
     text = {"vocab_size": 1000, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
             "num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # fmt: skip
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1,
               "image_size": 32, "patch_size": 16}  # fmt: skip
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-
-    def processor(text=None, images=None, **options):
-        if text is not None:
-            return tokenizer(text, padding=True, return_tensors="pt")
-        small = [torch.nn.functional.interpolate(image[None].float() / 255, (32, 32)) for image in images]
-        return {"pixel_values": torch.cat(small)}
-
-    return model, processor
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tiny_pipelines.tokenizer()).save_pretrained(folder)
+    return folder
 
 
-def references(folder, count=6):
+def images_in(folder, count=6):
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -181,54 +250,150 @@ def references(folder, count=6):
 
 
 @pytest.mark.parametrize("kind", ["sd21", "sd15", "ldm"])
-def test_a_run_on_a_tiny_model_of_the_paper(evaluation, tmp_path, monkeypatch, kind):
-    pytest.importorskip("torchmetrics")
-    subjects, judges, tables = (evaluation(f"evaluation.{name}") for name in ("subjects", "judges", "tables"))
-    paper, runs, harness = evaluation("paper"), evaluation("evaluation.run"), evaluation("harness")
-    prompts = ["a red fox", "a blue house"]
-    subject = subjects.text_subject(kind, getattr(tiny_pipelines, kind)(), prompts, 2, 2.0, subjects.KNOWN[kind])
-    assert subject.train_size == (subjects.KNOWN[kind].train_size,) * 2
-    judge = judges.TextJudge(references(tmp_path / "references"), prompts, Colours(), tiny_clip())
-    run = runs.Run(subject, judge, 6, 3, tmp_path / kind)
-    size = (64, 128)
-    subject.check_sizes([size])
-    with harness.Record(tmp_path / "rows.json", "cpu") as record, runs.tqdm(disable=True) as progress:
-        for rule in ("original", "paper", "exponent 2"):
-            record.add({"kind": "quality", **run.row(size, rule, progress)})
-        monkeypatch.setattr(runs, "ROUNDS", 1)
-        record.add({"kind": "cost", **run.row(size, "resized", progress), **run.cost(size, "cost")["resized"]})
-        if kind == "ldm":
-            with pytest.raises(ValueError, match="MultiDiffusion takes a StableDiffusionPipeline"):
-                paper.wanted(subject, ["multidiffusion"])
-        else:
-            costs = run.cost(size, "multidiffusion")["multidiffusion"]
-            record.add({"kind": "multidiffusion", **run.row(size, "multidiffusion", progress), **costs})
-    rows = record.rows
-    assert ("multidiffusion" in paper.wanted(subject, ["all"])) == (kind != "ldm")
-    assert all(row["images"] == 3 for row in rows)
-    assert all(math.isfinite(row["distance"]) and -1 <= row["score"] <= 1 for row in rows)
-    shown = run.out / "64x128" / "paper" / "000000.png"
-    assert Image.open(shown).size == size
-    original = Image.open(run.out / "64x128" / "original" / "000000.png")
-    assert np.array(original).tolist() != np.array(Image.open(shown)).tolist()
-    assert "FID" in tables.report(judge, subject, rows)
+def test_a_run_on_a_tiny_model_of_the_paper(evaluation, tmp_path, monkeypatch, capsys, kind):
+    """By the command line, from a folder as Diffusers saves it; only Inception, which is downloaded, is replaced."""
+    judges, runs, rules = (evaluation(f"evaluation.{name}") for name in ("judges", "run", "rules"))
+    monkeypatch.setattr(judges, "load_inception", lambda weights: Colours())
+    monkeypatch.setattr(runs, "ROUNDS", 1)
+    monkeypatch.setattr(runs, "RECORDED", 2)
+    monkeypatch.setattr(rules, "RULES", ("original", "paper", "exponent 1", "exponent 2", "exponent 4", "matched"))
+    monkeypatch.setattr(rules, "CONTROLS", ("multiplier 0.9",))
+    model = tmp_path / kind
+    getattr(tiny_pipelines, kind)().save_pretrained(model)
+    (tmp_path / "prompts.txt").write_text("a red fox\n\na blue house\n")
+    out = tmp_path / "out"
+    command = [
+        "paper.py", "--model", model, "--num", "40", "--batch", "20", "--steps", "1", "--sizes", "32x32", "64x64",
+        "--train-size", "64x64", "--prompts", tmp_path / "prompts.txt", "--clip", tiny_clip(tmp_path / "clip"),
+        "--references", images_in(tmp_path / "references"), "--out", out,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    paper = evaluation("paper")
+    paper.main()
+    left_out = "left out: MultiDiffusion takes" in capsys.readouterr().err
+    assert left_out == (kind == "ldm")
+    [folder] = out.iterdir()
+    rows = rows_in(folder / "results.jsonl")
+    kinds = [row["kind"] for row in rows]
+    beside = 1 if kind == "ldm" else 2  # resizing and MultiDiffusion
+    assert kinds.count("fid") == kinds.count("clip") == 6 + beside + 2
+    assert kinds.count("multidiffusion") == (0 if kind == "ldm" else 3)
+    assert kinds.count("entropy") == 2 * 3
+    judged = [row for row in rows if row["kind"] in ("fid", "clip")]
+    assert all(row["images"] == 20 and math.isfinite(row["value"]) for row in judged)
+    assert all(-1 <= row["value"] <= 1 for row in judged if row["kind"] == "clip")
+    original, ours = (
+        np.array(Image.open(folder / "32x32" / rule / "000000.png")).tolist() for rule in ("original", "paper")
+    )
+    assert np.shape(ours) == (32, 32, 3)
+    assert ours != original
+    assert "FID" in (folder / "results.md").read_text()
+    before = (folder / "results.jsonl").read_text().splitlines()[1:]
+    monkeypatch.setattr(runs.Subject, "_draw", lambda *arguments: pytest.fail("all is there"))
+    paper.main()
+    assert (folder / "results.jsonl").read_text().splitlines()[1:] == before
 
 
-def test_the_paper_s_own_figures_stand_beside_ours(evaluation, tmp_path):
+def test_a_size_that_the_model_does_not_say(evaluation):
+    subjects = evaluation("evaluation.subjects")
+    pipe = tiny_pipelines.sd15()
+    pipe.unet.register_to_config(sample_size=(8, 16))
+    assert subjects.text_subject("x", pipe, ["a"]).train_size == (16 * pipe.vae_scale_factor, 8 * pipe.vae_scale_factor)
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="give --train-size"):
+        subjects.text_subject("x", pipe, ["a"])
+    assert subjects.text_subject("x", pipe, ["a"], (64, 32)).train_size == (64, 32)
+    with pytest.raises(ValueError, match="draws from no prompt"):
+        subjects.text_subject("x", subjects.glyphs().pipe, ["a"])
+
+
+def test_the_paper_s_own_figures_stand_beside_ours(evaluation):
     tables, subjects, judges = (evaluation(f"evaluation.{name}") for name in ("tables", "subjects", "judges"))
-    measured = {"distance": 1.0, "distance_interval": (0.5, 1.5), "score": 0.3, "score_interval": (0.2, 0.4)}
-    rows = [{"width": 224, "height": 224, "rule": rule} | measured for rule in ("original", "paper", "exponent 2")]
+    measured = {"value": 1.0, "value_interval": (0.5, 1.5)}
+    scales = ("original", "paper", "exponent 2")
+    rows = [
+        {"kind": kind, "width": 224, "height": 224, "rule": rule} | measured
+        for kind in ("fid", "clip") for rule in scales
+    ]  # fmt: skip
     subject = subjects.Subject("sd21", None, (512, 512), (), 8, lambda numbers: {}, "sd")
-    judge = judges.TextJudge.__new__(judges.TextJudge)
-    lines = tables.quality(judge, subject, rows).splitlines()
-    assert lines[2].endswith("| 74.5742 | 0.2553 |")
-    assert lines[3].endswith("| 41.8925 | 0.2764 |")
-    assert lines[4].endswith("|  |  |")
+    cells = [((224, 224), rule) for rule in scales]
+    lines = tables.quality(judges.TextJudge(None, ["a"]), subject, rows, cells).splitlines()
+    told = [[line.split("|")[i].strip() for i in (5, 8)] for line in lines[2:]]
+    assert told == [["74.5742", "0.2553"], ["41.8925", "0.2764"], ["", ""]]
 
 
 @pytest.mark.parametrize("content", ["none", "empty", "one"])
 def test_references_that_cannot_be(evaluation, tmp_path, content):
     if content != "none":
-        references(tmp_path / "folder", 1 if content == "one" else 0)
+        images_in(tmp_path / "folder", 1 if content == "one" else 0)
     with pytest.raises(ValueError, match="at least 2"):
-        evaluation("evaluation.judges").image_files(tmp_path / "folder")
+        evaluation("evaluation.sources").open_images(str(tmp_path / "folder"))
+
+
+def test_distances_are_those_of_torchmetrics(evaluation, tmp_path):
+    fid = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance(Colours())
+    judges, images = evaluation("evaluation.judges"), evaluation("evaluation.images")
+    reference = [images.read_image(file) for file in sorted(images_in(tmp_path / "folder", 20).glob("*.jpg"))]
+    drawn = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    judge = judges.TextJudge(str(tmp_path / "folder"), ["a"])
+    judge.inception = Colours()
+    fid.update(judges.bytes_of(torch.stack(reference)), real=True)
+    fid.update(judges.bytes_of(drawn), real=False)
+    row = judges.distance_row(judge.reference((16, 16)), judge.features(drawn), None)
+    assert row["value"] == pytest.approx(fid.compute().item(), rel=1e-3)
+    assert row["value_interval"][0] < row["value"] < row["value_interval"][1]
+
+
+def test_what_fid_needs_is_said(evaluation, tmp_path):
+    judges = evaluation("evaluation.judges")
+    with pytest.raises(ValueError, match="FID needs --references"):
+        judges.TextJudge(None, ["a"]).prepare({"fid"})
+    if importlib.util.find_spec("torch_fidelity") is None:
+        with pytest.raises(ValueError, match=r"pip install 'entropy_attn\[paper\]'"):
+            judges.load_inception(None)
+    with pytest.raises(ValueError, match="nowhere cannot be loaded for the CLIP score"):
+        judges.TextJudge(None, ["a"], clip=str(tmp_path / "nowhere")).prepare({"clip"})
+
+
+def test_a_corrupt_reference_is_named(evaluation, tmp_path, monkeypatch):
+    judges = evaluation("evaluation.judges")
+    monkeypatch.setattr(judges, "load_inception", lambda weights: Colours())
+    (images_in(tmp_path / "folder") / "3.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3\.jpg cannot be read as an image"):
+        judges.TextJudge(str(tmp_path / "folder"), ["a"]).prepare({"fid"})
+
+
+def test_prompts_from_files(evaluation, tmp_path):
+    read = evaluation("evaluation.sources").read_prompts
+    assert len(read(None)) == 10
+    (tmp_path / "b.txt").write_text("three\n")
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    assert read(str(tmp_path / "a.txt")) == ["one", "two"]
+    assert read(str(tmp_path)) == ["one", "two", "three"]
+    (tmp_path / "c.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"c\.txt has no prompt"):
+        read(str(tmp_path / "c.txt"))
+
+
+def test_a_dataset_gives_prompts_and_references(evaluation, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sources = evaluation("evaluation.sources")
+    folder = images_in(tmp_path / "pictures", 3)
+    captions = [{"file_name": f"{n}.jpg", "caption": f"picture {n}", "several": [f"the {n}", "x"]} for n in range(3)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    dataset = f"datasets:{folder}:train"
+    assert sources.read_prompts(f"{dataset}:caption") == ["picture 0", "picture 1", "picture 2"]
+    assert sources.read_prompts(f"{dataset}:several") == ["the 0", "the 1", "the 2"]
+    images = [read() for read in sources.open_images(f"{dataset}:image")]
+    assert torch.equal(images[2], evaluation("evaluation.images").read_image(folder / "2.jpg"))
+    assert len(sources.open_images(f"datasets:{folder}:train[:2]:image")) == 2
+    for source, said in (
+        (f"{dataset}:nothing", "has the columns image, caption, several, not nothing"),
+        (f"datasets:{tmp_path / 'nowhere'}:train:image", "cannot be loaded"),
+        ("datasets:name", "is written datasets:NAME:SPLIT:COLUMN"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sources.open_images(source)
+    with pytest.raises(ValueError, match="is a str, not an image"):
+        sources.open_images(f"{dataset}:caption")[0]()

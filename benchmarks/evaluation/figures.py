@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,25 @@ def fit(N: np.ndarray, entropy: np.ndarray) -> Fit:
     return Fit(float(slope), float(intercept), float(np.corrcoef(np.log(N), entropy)[0, 1] ** 2))
 
 
-def draw(rows: list[Row], path: Path, train_size: tuple[int, int]) -> None:
-    """All pictures that the rows allow, in one file."""
-    kinds = {row["kind"] for row in rows}
-    drawings = [draw_quality] * ("quality" in kinds) + [draw_fits, draw_layers, draw_steps] * ("entropy" in kinds)
+def entropy_rows(rows: list[Row]) -> list[Row]:
+    """A row for every layer and step, of the rows of kind "entropy", which hold many."""
+    return [
+        {"width": row["width"], "height": row["height"], "rule": row["rule"], **place}
+        for row in rows
+        if row["kind"] == "entropy"
+        for place in row["places"]
+    ]
+
+
+def draw(rows: list[Row], path: Path, train_size: tuple[int, int], names: dict[str, str]) -> None:
+    """All pictures that the rows allow, in one file; `names` are those of the kinds of figures of merit."""
+    drawings = [
+        functools.partial(draw_quality, kind=kind, name=name)
+        for kind, name in names.items()
+        if any(row["kind"] == kind and (row["width"], row["height"]) != train_size for row in rows)
+    ]
+    if any(row["kind"] == "entropy" for row in rows):
+        drawings += [draw_fits, draw_layers, draw_steps]
     if not drawings:
         return
     plt = harness.pyplot()
@@ -51,28 +67,28 @@ def draw(rows: list[Row], path: Path, train_size: tuple[int, int]) -> None:
     plt.close(figure)
 
 
-def draw_quality(axes: Any, rows: list[Row], train_size: tuple[int, int]) -> None:
-    """Distance relative to the original scale, by size."""
-    of = [row for row in rows if row["kind"] == "quality" and (row["width"], row["height"]) != train_size]
+def draw_quality(axes: Any, rows: list[Row], train_size: tuple[int, int], kind: str, name: str) -> None:
+    """A figure of merit relative to that of the original scale, by size."""
+    of = [row for row in rows if row["kind"] == kind and (row["width"], row["height"]) != train_size]
     sizes = sorted({(row["width"], row["height"]) for row in of}, key=lambda size: size[0] * size[1])
     for rule, colour in COLOURS.items():
         ratios = []
         for size in sizes:
             by_rule = {row["rule"]: row for row in of if (row["width"], row["height"]) == size}
             ratios.append(
-                100 * by_rule[rule]["distance"] / by_rule[rules.ORIGINAL]["distance"] if rule in by_rule else np.nan
+                100 * by_rule[rule]["value"] / by_rule[rules.ORIGINAL]["value"] if rule in by_rule else np.nan
             )
         axes.plot([f"{w}x{h}" for w, h in sizes], ratios, "o-", color=colour, label=rule)
     axes.axhline(100, color="grey", linewidth=1)
-    axes.set(ylabel="distance, % of the original scale's", xlabel="width x height", title="Quality (lower is better)")
+    axes.set(ylabel="% of the original scale's", xlabel="width x height", title=name)
     axes.legend(frameon=False, fontsize=8)
 
 
 def by_level(rows: list[Row], rule: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """T -> (N, mean entropy) over the sizes."""
+    """T -> (N, mean entropy) over the sizes, from `entropy_rows`."""
     means: dict[int, dict[int, list[float]]] = {}
     for row in rows:
-        if row["kind"] == "entropy" and row["rule"] == rule:
+        if row["rule"] == rule:
             means.setdefault(row["train_tokens"], {}).setdefault(row["tokens"], []).append(row["entropy"])
     return {
         T: (np.array(sorted(of)), np.array([np.mean(of[N]) for N in sorted(of)])) for T, of in sorted(means.items())
@@ -82,7 +98,7 @@ def by_level(rows: list[Row], rule: str) -> dict[int, tuple[np.ndarray, np.ndarr
 def draw_fits(axes: Any, rows: list[Row], train_size: tuple[int, int]) -> None:
     tokens: list[int] = []
     for rule in (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED):
-        for (T, (N, entropy)), marker in zip(by_level(rows, rule).items(), "osD^v", strict=False):
+        for (T, (N, entropy)), marker in zip(by_level(entropy_rows(rows), rule).items(), "osD^v", strict=False):
             label = f"{rule}, T = {T}"
             if len(N) > 1:
                 line = fit(N, entropy)
@@ -97,7 +113,7 @@ def draw_fits(axes: Any, rows: list[Row], train_size: tuple[int, int]) -> None:
 
 def draw_lines(axes: Any, rows: list[Row], train_size: tuple[int, int], over: str) -> None:
     """Mean entropy over layers or steps: the trained size, the smallest and the largest, with two scales."""
-    of = [row for row in rows if row["kind"] == "entropy"]
+    of = entropy_rows(rows)
     sizes = sorted({(row["width"], row["height"]) for row in of}, key=lambda size: size[0] * size[1])
     shown = [sizes[0], sizes[-1]] + ([train_size] if train_size in sizes else [])
     for size, colour in zip(dict.fromkeys(shown), ("tab:green", "tab:purple", "tab:gray"), strict=False):

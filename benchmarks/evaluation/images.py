@@ -40,10 +40,14 @@ def read_image(path: Path) -> torch.Tensor:
     """An image (C, H, W) in [0, 1], float32. Raises ValueError where the file holds none."""
     try:
         with Image.open(path) as image:
-            pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+            return pixels_of(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB")))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).float() / 255
+
+
+def pixels_of(image: np.ndarray) -> torch.Tensor:
+    """An image (H, W) or (H, W, C) uint8 as (C, H, W) float32 in [0, 1]."""
+    return torch.tensor(image).reshape(*image.shape[:2], -1).permute(2, 0, 1).float() / 255
 
 
 def generate(
@@ -53,17 +57,13 @@ def generate(
     batch: int,
     progress: Callable[[int], object],
 ) -> None:
-    """Fill a folder with the images of these numbers. `draw` gives those of a few numbers, (n, C, H, W) in [0, 1];
-    `progress` is told how many were finished.
+    """Fill a folder with the images of these numbers, as far as they are missing, `batch` at a time.
 
-    Numbers are drawn in the same batches whatever is missing: some ways follow the mean of their batch.
+    `draw` gives those of a few numbers, (n, C, H, W) in [0, 1]; `progress` is told how many were finished.
     """
-    numbers = list(numbers)
-    for start in range(0, len(numbers), batch):
-        chosen = numbers[start : start + batch]
-        missing = set(folder.missing(chosen))
-        if missing:
-            for number, image in zip(chosen, draw(chosen), strict=True):
-                if number in missing:
-                    folder.save(number, image)
+    missing = folder.missing(numbers)
+    for start in range(0, len(missing), batch):
+        chosen = missing[start : start + batch]
+        for number, image in zip(chosen, draw(chosen), strict=True):
+            folder.save(number, image)
         progress(len(chosen))

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import torch
-from glyphs.evaluate import Judge, digits
-from metrics import bootstrap, frechet_distance
+from glyphs import data, recogniser
+from metrics import Reference, bootstrap
+from tqdm import tqdm
 
-from evaluation.images import read_image
+from evaluation.sources import open_images
 from evaluation.subjects import Size
 
+FID, CLIP_SCORE = "fid", "clip"  # what --what calls the distance and the score, whatever network they come from
 CLIP = "openai/clip-vit-base-patch16"
 BATCH = 25
+RESAMPLES = 100
 
 
-class Measured(NamedTuple):
-    """Of n images: features (n, F), and the score of each (n,), in `Judge.score_name`'s unit."""
-
-    features: torch.Tensor
-    scores: torch.Tensor
-
-
-class ImageJudge(Protocol):
+class Judge(Protocol):
     distance_name: str
     score_name: str
 
-    def measure(self, images: torch.Tensor, numbers: Sequence[int]) -> Measured: ...
+    def prepare(self, kinds: Collection[str]) -> None:
+        """Load what these kinds need. Raises ValueError where it cannot be had."""
 
-    def reference(self, size: Size) -> torch.Tensor: ...
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Of images (n, C, H, W) in [0, 1], (n, F)."""
+
+    def scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        """Of images of these numbers, (n,)."""
+
+    def reference(self, size: Size) -> Reference:
+        """What images of a size are compared with."""
 
 
 class GlyphJudge:
@@ -38,21 +42,31 @@ class GlyphJudge:
 
     distance_name = "Frechet distance (glyph recogniser's features)"
     score_name = "recognised (%)"
+    references = 4000  # digits rendered at the size
 
-    def __init__(self) -> None:
-        self.judge = Judge()
+    @functools.cached_property
+    def recogniser(self) -> recogniser.Recogniser:
+        return recogniser.load()
 
-    def measure(self, images: torch.Tensor, numbers: Sequence[int]) -> Measured:
-        features, read = self.judge.read(images)
-        asked = torch.cat([digits(number, 1) for number in numbers])
-        return Measured(features, 100 * (read == asked).float())
+    def prepare(self, kinds: Collection[str]) -> None:
+        if kinds:
+            assert self.recogniser  # read from its file now
 
-    def reference(self, size: Size) -> torch.Tensor:
-        return self.judge.reference(size[::-1])
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return recogniser.recognise(self.recogniser, images)[0]
+
+    def scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        read = recogniser.recognise(self.recogniser, images)[1]
+        return 100 * (read == torch.tensor(data.digits(numbers))).float()
+
+    @functools.cache  # noqa: B019 (a judge lives as long as its script)
+    def reference(self, size: Size) -> Reference:
+        digits = data.digits(range(self.references))
+        return Reference(self.features(data.render(digits, *size[::-1], torch.Generator().manual_seed(2**31))))
 
 
 class TextJudge:
-    """FID by torchmetrics' Inception features against a folder of images, and CLIP score with the prompts.
+    """FID by torchmetrics' Inception features against reference images, and CLIP score with the prompts.
 
     CLIP score is the cosine between the image's and the prompt's embedding, by transformers: torchmetrics 1.9 does not
     run with transformers 5.
@@ -63,101 +77,117 @@ class TextJudge:
 
     def __init__(
         self,
-        references: Path | None,
+        references: str | None,
         prompts: Sequence[str],
-        inception: Any = None,
-        clip: tuple[Any, Any] | None = None,
+        device: str = "cpu",
+        clip: str = CLIP,
+        inception_weights: str | None = None,
     ) -> None:
-        """`inception` takes the place of torchmetrics' network, as `FrechetInceptionDistance(feature=...)` takes it;
-        `clip` that of CLIP: a model and its processor.
+        """`references` as `sources.open_images` takes them; `clip` is a path or hub id; `inception_weights` a file, by
+        default what torch-fidelity downloads."""
+        self.prompts, self.device = prompts, device
+        self.references, self.clip_id, self.inception_weights = references, clip, inception_weights
 
-        Raises:
-            ValueError: torchmetrics is missing, CLIP cannot be loaded, or there are not 2 references.
-        """
-        self.prompts = prompts
-        self.files = image_files(references) if references else []
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
+    def prepare(self, kinds: Collection[str]) -> None:
+        if FID in kinds:
+            self.reference((0, 0))
+        if CLIP_SCORE in kinds:
+            assert self.clip
 
-            self.inception = FrechetInceptionDistance(2048 if inception is None else inception).inception
-        except ImportError as error:  # torch-fidelity, which holds the network, may be what is missing
-            raise ValueError(f"FID needs torchmetrics: pip install 'entropy_attn[paper]' ({error})") from error
-        self.clip, self.processor = load_clip() if clip is None else clip
-        self._reference: torch.Tensor | None = None
+    @functools.cached_property
+    def inception(self) -> torch.nn.Module:
+        return load_inception(self.inception_weights).to(self.device)
+
+    @functools.cached_property
+    def clip(self) -> tuple[Any, Any]:
+        model, processor = load_clip(self.clip_id)
+        return model.to(self.device), processor
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([self.inception((part * 255).byte()) for part in rgb(images).split(BATCH)])
+            parts = [self.inception(bytes_of(part).to(self.device)).cpu() for part in images.split(BATCH)]
+        return torch.cat(parts)
 
-    def measure(self, images: torch.Tensor, numbers: Sequence[int]) -> Measured:
-        return Measured(self.features(images), torch.cat([
-            self.clip_scores(images[start : start + BATCH], numbers[start : start + BATCH])
-            for start in range(0, len(images), BATCH)
-        ]))  # fmt: skip
+    def scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        starts = range(0, len(images), BATCH)
+        return torch.cat([self._scores(images[i : i + BATCH], numbers[i : i + BATCH]) for i in starts])
 
     @torch.no_grad()
-    def clip_scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-        """The cosine of every image with its prompt, (n,)."""
+    def _scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        model, processor = self.clip
         prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
-        text = self.processor(text=prompts, padding=True, truncation=True, return_tensors="pt")
-        pixels = self.processor(images=list((rgb(images) * 255).byte()), return_tensors="pt")
-        embedded = self.clip(input_ids=text["input_ids"], attention_mask=text["attention_mask"], **pixels)
-        return torch.nn.functional.cosine_similarity(embedded.image_embeds, embedded.text_embeds)
+        inputs = processor(
+            text=prompts, images=list(bytes_of(images)), padding=True, truncation=True, return_tensors="pt"
+        )
+        names = ("input_ids", "attention_mask", "pixel_values")
+        embedded = model(**{name: inputs[name].to(self.device) for name in names})
+        return torch.nn.functional.cosine_similarity(embedded.image_embeds, embedded.text_embeds).float().cpu()
 
-    def reference(self, size: Size) -> torch.Tensor:
-        """The reference images' features; the paper compares all sizes with the same images."""
-        if not self.files:
-            raise ValueError("FID needs --references, a folder of images")
-        if self._reference is None:
-            self._reference = torch.cat([self.features(read_image(file)[None]) for file in self.files])
+    def reference(self, size: Size) -> Reference:
+        """The same images for all sizes, as in the paper."""
         return self._reference
 
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        if self.references is None:
+            raise ValueError("FID needs --references, a folder of images or a dataset")
+        reads = open_images(self.references)
+        return Reference(torch.cat([self.features(read()[None]) for read in tqdm(reads, desc="references")]))
 
-def load_clip() -> tuple[Any, Any]:
-    """CLIP and its processor. Raises ValueError where they cannot be had."""
+
+def load_inception(weights: str | None) -> torch.nn.Module:
+    """torchmetrics' Inception. Raises ValueError where it cannot be had."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights).inception
+    except ImportError as error:  # torch-fidelity, which holds the network, may be what is missing
+        raise ValueError(f"FID needs torchmetrics: pip install 'entropy_attn[paper]' ({error})") from error
+    except (OSError, RuntimeError) as error:
+        where = "from the net, give --inception FILE where there is none" if weights is None else weights
+        raise ValueError(f"Inception's weights cannot be loaded ({where}): {str(error).splitlines()[0]}") from error
+
+
+def load_clip(name: str) -> tuple[Any, Any]:
+    """CLIP and its processor, by path or hub id. Raises ValueError where they cannot be had."""
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        return CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
+        return CLIPModel.from_pretrained(name).eval(), CLIPProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{CLIP} cannot be loaded for the CLIP score: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{name} cannot be loaded for the CLIP score: {str(error).splitlines()[0]}") from error
 
 
-def rgb(images: torch.Tensor) -> torch.Tensor:
-    return images.expand(-1, 3, -1, -1)
+def bytes_of(images: torch.Tensor) -> torch.Tensor:
+    """Images (n, C, H, W) in [0, 1] as (n, 3, H, W) uint8."""
+    return (images.expand(-1, 3, -1, -1) * 255).round().byte()
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images of a folder, by name. Raises ValueError where there are not at least two."""
-    suffixes = {".png", ".jpg", ".jpeg", ".webp"}
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in suffixes) if folder.is_dir() else []
-    if len(files) < 2:
-        raise ValueError(f"--references: {folder} has {len(files)} images, a distance needs at least 2")
-    return files
+def distance_row(reference: Reference, features: torch.Tensor, original: torch.Tensor | None) -> dict[str, Any]:
+    """The Frechet distance with its 95 % interval over the images; with `original`, that of the paired change too."""
+    ours = reference.distances(features)
+    return _row(ours, None if original is None else reference.distances(original), len(features), True)
 
 
-def summary(judge: ImageJudge, size: Size, measured: Measured, original: Measured | None) -> dict[str, Any]:
-    """Distance and mean score with 95 % intervals over the images; with `original`, those of the paired changes."""
-    reference = judge.reference(size)
-    count = len(measured.features)
+def score_row(scores: torch.Tensor, original: torch.Tensor | None) -> dict[str, Any]:
+    """The mean score (n,) of the images, in the same way."""
+    base = None if original is None else lambda i: original[i].mean().item()
+    return _row(lambda i: scores[i].mean().item(), base, len(scores), False)
 
-    def distance(of: Measured, chosen: torch.Tensor) -> float:
-        return frechet_distance(of.features[chosen], reference)
 
-    everything = torch.arange(count)
-    row = {
-        "images": count,
-        "distance": distance(measured, everything),
-        "distance_interval": bootstrap(lambda i: distance(measured, i), count, 100, biased=True),
-        "score": measured.scores.mean().item(),
-        "score_interval": bootstrap(lambda i: measured.scores[i].mean().item(), count),
-    }
-    if original is not None:
-        difference = measured.scores - original.scores
-        row["distance_change"] = row["distance"] - distance(original, everything)
-        row["distance_change_interval"] = bootstrap(
-            lambda i: distance(measured, i) - distance(original, i), count, 100, biased=True
-        )
-        row["score_change"] = difference.mean().item()
-        row["score_change_interval"] = bootstrap(lambda i: difference[i].mean().item(), count)
+Statistic = Callable[[torch.Tensor], float]
+
+
+def _row(ours: Statistic, original: Statistic | None, count: int, biased: bool) -> dict[str, Any]:
+    """`value`, `value_interval` and, where there is an original, `change`, `change_interval`."""
+
+    def both(chosen: torch.Tensor) -> list[float]:
+        value = ours(chosen)
+        return [value] if original is None else [value, value - original(chosen)]
+
+    intervals = bootstrap(both, count, RESAMPLES, biased=biased)
+    names = ("value", "change")
+    row: dict[str, Any] = {"images": count}
+    for name, value, interval in zip(names, both(torch.arange(count)), intervals, strict=False):
+        row |= {name: value, f"{name}_interval": interval}
     return row

@@ -28,6 +28,7 @@ CLIP_SCORE = {
         (256, 144): (0.2884, 0.2890), (256, 192): (0.3070, 0.3075),
     },
 }  # fmt: skip
+QUALITY = {"fid": FID, "clip": CLIP_SCORE}
 # Table 4, Stable Diffusion: size -> way -> (FID, MiB of GPU memory, seconds an image)
 COST = {
     (128, 128): {"original": (191.5447, 6867, 3.4953), "paper": (127.2798, 6867, 3.4955),

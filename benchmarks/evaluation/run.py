@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from metrics import frechet_distance
 from tqdm import tqdm
 
 from entropy_attn.diffusers import Calibration
 from evaluation import cost, rules
 from evaluation.images import ImageFolder, generate
-from evaluation.judges import ImageJudge, Measured, summary
+from evaluation.judges import CLIP_SCORE, FID, Judge, distance_row, score_row
+from evaluation.rows import Rows
 from evaluation.subjects import Size, Subject
 
+COST, MULTIDIFFUSION, ENTROPY, CHOSEN = "cost", "multidiffusion", "entropy", "chosen"
+WHAT = (FID, CLIP_SCORE, COST, MULTIDIFFUSION, ENTROPY)
 RECORDED = 20  # images for entropies and for the calibration
 ROUNDS = 5  # of timing
 
+Row = dict[str, Any]
+Cell = tuple[str, Size, str]  # kind, size, rule
+
 
 class Run:
-    """One model's run in its folder: images, rows, and what is measured of them."""
+    """One model's run in its folder: images, rows, and what is measured of them. Image numbers begin at `seed`."""
 
-    def __init__(self, subject: Subject, judge: ImageJudge, num: int, batch: int, out: Path) -> None:
-        self.subject, self.judge, self.num, self.batch, self.out = subject, judge, num, batch, out
-        self._calibration: Any = None
-        self._measured: dict[tuple[Size, str], Measured] = {}
+    def __init__(self, subject: Subject, judge: Judge, num: int, batch: int, out: Path, seed: int = 0) -> None:
+        self.subject, self.judge, self.batch, self.out = subject, judge, batch, out
+        self.numbers = range(seed, seed + num)
+        self.first_half, self.second_half = slice(num // 2), slice(num // 2, None)
 
     def check_settings(self, **settings: Any) -> None:
         """What is in the folder was made with these settings and weights, or there is nothing yet.
@@ -37,7 +41,7 @@ class Run:
         Raises:
             ValueError: it was made with others.
         """
-        now = settings | {"batch": self.batch, "weights": self.subject.fingerprint()}
+        now = json.loads(json.dumps(settings | {"weights": self.subject.fingerprint()}))  # as a file gives it back
         path = self.out / "settings.json"
         if not path.exists():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -50,18 +54,16 @@ class Run:
                 f"{self.out} holds images of another {', '.join(changed)}: remove it, or give another --out"
             )
 
-    @property
+    @functools.cached_property
     def calibration(self) -> Any:
         """Measured once, kept in a file."""
         path = self.out / "calibration.json"
-        if self._calibration is None:
-            if path.exists():
-                self._calibration = Calibration.load(path, self.subject.pipe)
-            else:
-                self._calibration = self.subject.calibrate(range(RECORDED), self.batch)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._calibration.save(path)
-        return self._calibration
+        if path.exists():
+            return Calibration.load(path, self.subject.pipe)
+        calibration = self.subject.calibrate(range(RECORDED), self.batch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(path)
+        return calibration
 
     def settings(self, rule: str) -> dict[str, Any] | None:
         needed = rule in (rules.CALIBRATED, rules.MATCHED)
@@ -71,105 +73,122 @@ class Run:
         """How images of a cell are drawn."""
         if rule == rules.RESIZED:
             return lambda numbers: self.subject.draw_resized(size, numbers)
+        subject, settings = self.subject, None
         if rule == rules.MULTIDIFFUSION:
-            panorama = self.subject.with_multidiffusion()
-            return lambda numbers: torch.cat([panorama.draw(size, [number], None) for number in numbers])
-        settings = self.settings(rule)
-        return lambda numbers: self.subject.draw(size, numbers, settings)
+            subject = self.subject.with_multidiffusion()
+        else:
+            settings = self.settings(rule)
+        if rule in (rules.MULTIDIFFUSION, rules.MATCHED):  # one by one: matching follows the mean of its batch
+            return lambda numbers: torch.cat([subject.draw(size, [number], settings) for number in numbers])
+        return lambda numbers: subject.draw(size, numbers, settings)
 
-    def measured(self, size: Size, rule: str, progress: tqdm) -> Measured:
-        """Of all images of a cell, which are generated as far as they are missing."""
-        if (size, rule) not in self._measured:
-            folder = ImageFolder(self.out / f"{size[0]}x{size[1]}" / rule.replace(" ", "-"))
+    def folder(self, size: Size, rule: str) -> ImageFolder:
+        """Of a cell's images."""
+        return ImageFolder(self.out / f"{size[0]}x{size[1]}" / rule.replace(" ", "-"))
+
+    def images(self, size: Size, rule: str, progress: tqdm) -> torch.Tensor:
+        """All of a cell, which are generated as far as they are missing."""
+        folder = self.folder(size, rule)
+        if folder.missing(self.numbers):
             progress.set_postfix_str(f"{size[0]}x{size[1]} {rule}")
-            numbers = list(range(self.num))
-            generate(folder, numbers, self.way(size, rule), self.batch, progress.update)
-            self._measured[size, rule] = self.judge.measure(folder.load(numbers), numbers)
-        return self._measured[size, rule]
-
-    def row(self, size: Size, rule: str, progress: tqdm) -> dict[str, Any]:
-        """A cell's figures, of the second half of its images."""
-        second = slice(self.num // 2, None)
-        of = Measured(*(x[second] for x in self.measured(size, rule, progress)))
-        original = None
-        if rule != rules.ORIGINAL:
-            original = Measured(*(x[second] for x in self.measured(size, rules.ORIGINAL, progress)))
-        return {"width": size[0], "height": size[1], "rule": rule, **summary(self.judge, size, of, original)}
+            generate(folder, self.numbers, self.way(size, rule), self.batch, progress.update)
+        return folder.load(self.numbers)
 
     @functools.cache  # noqa: B019 (a run lives as long as the script)
-    def cost(self, size: Size, kind: str) -> dict[str, dict[str, Any]]:
+    def features(self, size: Size, rule: str, progress: tqdm) -> torch.Tensor:
+        return self.judge.features(self.images(size, rule, progress))
+
+    @functools.cache  # noqa: B019
+    def scores(self, size: Size, rule: str, progress: tqdm) -> torch.Tensor:
+        return self.judge.scores(self.images(size, rule, progress), self.numbers)
+
+    @functools.cache  # noqa: B019
+    def costs(self, size: Size, kind: str) -> dict[str, Row]:
         """Time and memory of the original scale, the paper's and what they are compared with."""
-        other = rules.RESIZED if kind == "cost" else rules.MULTIDIFFUSION
+        other = rules.RESIZED if kind == COST else rules.MULTIDIFFUSION
         ways = {rule: self.way(size, rule) for rule in (rules.ORIGINAL, rules.PAPER, other)}
         return cost.measure(ways, ROUNDS, self.subject.pipe.device.type)
 
+    def judged(self, kind: str, size: Size, rule: str, progress: tqdm) -> Row:
+        """Distance or score of a cell's images, of the second half of them."""
+        row = row_of(kind, size, rule)
+        measured = self.features if kind == FID else self.scores
+        ours, original = (measured(size, each, progress)[self.second_half] for each in (rule, rules.ORIGINAL))
+        paired = None if rule == rules.ORIGINAL else original
+        if kind == FID:
+            return row | distance_row(self.judge.reference(size), ours, paired)
+        return row | score_row(ours, paired)
+
+    def measured(self, kind: str, size: Size, rule: str) -> Row:
+        """A cell's time and memory, or entropies."""
+        row = row_of(kind, size, rule)
+        return row | ({"places": self.entropies(size, rule)} if kind == ENTROPY else self.costs(size, kind)[rule])
+
+    def entropies(self, size: Size, rule: str) -> list[Row]:
+        """Mean entropy of every layer and step."""
+        record = self.subject.entropies(size, range(RECORDED), self.settings(rule), self.batch)
+        names = ("layer", "step", "tokens", "train_tokens", "entropy")
+        return [{name: row[name] for name in names} for row in record.table(by=("layer", "step"))]
+
     def chosen_exponent(self, size: Size, progress: tqdm) -> str:
         """The exponent with the smallest distance on the first half of the images."""
-        reference = self.judge.reference(size)
         candidates = [rules.PAPER, *(f"exponent {p:g}" for p in rules.EXPONENTS)]
+        reference = self.judge.reference(size)
         return min(
             candidates,
-            key=lambda rule: frechet_distance(self.measured(size, rule, progress).features[: self.num // 2], reference),
+            key=lambda rule: reference.distance(self.features(size, rule, progress)[self.first_half]),
         )
 
 
-def cells(subject: Subject, sizes: list[Size], what: list[str]) -> Iterator[tuple[str, Size, str]]:
-    """(kind, size, rule) of every cell of images."""
-    if "quality" in what:
+def cells(subject: Subject, sizes: list[Size], what: Collection[str]) -> Iterator[Cell]:
+    """All cells of what is asked for, in the order in which they are done.
+
+    At the trained size, where the rules are the same, the control takes their place. Time and memory go with the
+    distances of the ways that are compared.
+    """
+    for size in sizes:
+        compared = {kind: way for kind, way in ways_beside(subject, size).items() if kind in what}
+        scales = rules.RULES if size != subject.train_size else (rules.ORIGINAL, *rules.CONTROLS)
+        beside = (rules.ORIGINAL, rules.PAPER, *compared.values()) if compared else ()
+        for kind in (FID, CLIP_SCORE):
+            chosen = (*scales, *compared.values()) if kind in what else beside if kind == FID else ()
+            yield from ((kind, size, rule) for rule in chosen)
+        for kind, way in compared.items():
+            yield from ((kind, size, rule) for rule in (rules.ORIGINAL, rules.PAPER, way))
+    if ENTROPY in what:
         for size in sizes:
-            for rule in rules.RULES if size != subject.train_size else (rules.ORIGINAL,):
-                yield "quality", size, rule
-    if "control" in what:
-        for rule in (rules.ORIGINAL, *rules.CONTROLS):
-            yield "control", subject.train_size, rule
-    for kind, rule in (("cost", rules.RESIZED), ("multidiffusion", rules.MULTIDIFFUSION)):
-        if kind in what:
-            for size in compared(subject, sizes, kind):
-                for each in (rules.ORIGINAL, rules.PAPER, rule):
-                    yield kind, size, each
+            yield from ((ENTROPY, size, rule) for rule in (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED))
 
 
-def compared(subject: Subject, sizes: list[Size], kind: str) -> list[Size]:
-    """The sizes at which time and memory are compared: for resizing, those that are smaller than the trained one."""
-    others = [size for size in sizes if size != subject.train_size]
-    width, height = subject.train_size
-    return [size for size in others if kind == "multidiffusion" or size[0] * size[1] < width * height]
+def ways_beside(subject: Subject, size: Size) -> dict[str, str]:
+    """What a scale is compared with at a size: resizing where it is smaller than the trained one (Table 4)."""
+    if size == subject.train_size:
+        return {}
+    smaller = size[0] * size[1] < subject.train_size[0] * subject.train_size[1]
+    return ({COST: rules.RESIZED} if smaller else {}) | {MULTIDIFFUSION: rules.MULTIDIFFUSION}
 
 
-def entropy_rows(run: Run, size: Size, rule: str) -> Iterator[dict[str, Any]]:
-    """Mean entropy of every layer and step, for the figures."""
-    record = run.subject.entropies(size, range(RECORDED), run.settings(rule), run.batch)
-    for row in record.table(by=("layer", "step")):
-        yield {"kind": "entropy", "width": size[0], "height": size[1], "rule": rule} | {
-            name: row[name] for name in ("layer", "step", "tokens", "train_tokens", "entropy")
-        }
+def row_of(kind: str, size: Size, rule: str) -> Row:
+    return {"kind": kind, "width": size[0], "height": size[1], "rule": rule}
 
 
-def key_of(row: dict[str, Any]) -> tuple:
+def key_of(row: Row) -> Cell:
     return row["kind"], (row["width"], row["height"]), row["rule"]
 
 
-def work(run: Run, sizes: list[Size], what: list[str], record: harness.Record, kept: list[dict[str, Any]]) -> None:
-    """Do what is asked for and not `kept` from an earlier run; a row is written as soon as it is there."""
-    kept = [row for row in kept if row.get("images", run.num - run.num // 2) == run.num - run.num // 2]
-    record.add(*kept)
-    done = {key_of(row) for row in kept}
+def work(run: Run, sizes: list[Size], what: Collection[str], rows: Rows) -> None:
+    """Do what is asked for and not among the rows yet; a row is written as soon as it is there."""
+    done = {key_of(row) for row in rows.rows}
     planned = [cell for cell in cells(run.subject, sizes, what) if cell not in done]
-    if planned:
-        run.judge.reference(sizes[0])  # so that what is wrong with it is said before any image is drawn
-    distinct = {(size, rule) for _, size, rule in planned}
-    with tqdm(total=len(distinct) * run.num, desc="images", unit="image") as progress:
-        for kind, size, rule in planned:
-            row = {"kind": kind, **run.row(size, rule, progress)}
-            if kind in ("cost", "multidiffusion"):
-                row |= run.cost(size, kind)[rule]
-            record.add(row)
-        chosen = [size for size in sizes if size != run.subject.train_size] if "quality" in what else []
-        for size in chosen:
-            if not any(key[:2] == ("chosen", size) for key in done):
-                record.add({"kind": "chosen", **run.row(size, run.chosen_exponent(size, progress), progress)})
-    if "entropy" in what:
-        for size in tqdm(sizes, desc="entropy"):
-            for rule in (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED):
-                if ("entropy", size, rule) not in done:
-                    record.add(*entropy_rows(run, size, rule))
+    judged = [cell for cell in planned if cell[0] in (FID, CLIP_SCORE)]
+    run.judge.prepare({kind for kind, _, _ in judged})  # what is wrong with it is said before any image is drawn
+    images = sum(len(run.folder(*cell).missing(run.numbers)) for cell in {cell[1:] for cell in judged})
+    with tqdm(total=images, desc="images", unit="image") as progress:
+        for cell in judged:
+            rows.add(run.judged(*cell, progress))
+        for size in sizes if FID in what else ():
+            if size != run.subject.train_size and not any(key[:2] == (CHOSEN, size) for key in done):
+                rule = run.chosen_exponent(size, progress)
+                rows.add(row_of(CHOSEN, size, rule))
+    for cell in tqdm([cell for cell in planned if cell not in judged], desc="time, memory, entropy", unit="cell"):
+        rows.add(run.measured(*cell))

@@ -1,7 +1,8 @@
-"""The models under test, behind one interface: which sizes, how images of given numbers are drawn, what judges them."""
+"""The models under test, behind one interface: which sizes, and how images of given numbers are drawn."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,18 +10,16 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from glyphs.evaluate import digits
+from glyphs import data
 from glyphs.pipeline import GlyphPipeline
 
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibration_from, enable
 
 Size = tuple[int, int]  # width, height: the paper's order
 GLYPHS = Path(__file__).parent.parent / "glyphs" / "model"
-PROMPTS = (
-    "a photo of a dog on a beach", "a red car in front of a house", "a bowl of fruit on a wooden table",
-    "a portrait of an old man with a hat", "a castle on a hill at sunset", "two cats on a sofa",
-    "a sailing boat in a storm", "a vase of flowers by a window", "a horse in a field", "a city street at night",
-)  # fmt: skip
+GLYPH_SIZES = ((16, 16), (20, 20), (28, 28), (32, 32), (36, 36), (16, 24), (24, 16), (24, 36), (36, 24), (24, 24))
+SD_SIZES = ((128, 128), (224, 224), (384, 384), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
+LDM_SIZES = ((128, 128), (224, 224), (256, 256), (384, 384), (256, 144), (256, 192))
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,14 @@ class Known:
     path: str
     family: str
     sizes: tuple[Size, ...]
-    train_size: int
+    train_size: Size
 
 
-SD_SIZES = ((128, 128), (224, 224), (384, 384), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
-LDM_SIZES = ((128, 128), (224, 224), (256, 256), (384, 384), (256, 144), (256, 192))
 KNOWN = {
-    "sd21": Known("stabilityai/stable-diffusion-2-1-base", "sd", SD_SIZES, 512),
-    "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd", SD_SIZES, 512),
-    "ldm": Known("CompVis/ldm-text2im-large-256", "ldm", LDM_SIZES, 256),
+    "sd21": Known("stabilityai/stable-diffusion-2-1-base", "sd", SD_SIZES, (512, 512)),
+    "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd", SD_SIZES, (512, 512)),
+    "ldm": Known("CompVis/ldm-text2im-large-256", "ldm", LDM_SIZES, (256, 256)),
 }
-GLYPH_SIZES = ((16, 16), (20, 20), (28, 28), (32, 32), (36, 36), (16, 24), (24, 16), (24, 36), (36, 24), (24, 24))
 
 
 @dataclass
@@ -75,14 +71,18 @@ class Subject:
         images = self.draw(self.train_size, numbers, None)
         return torch.nn.functional.interpolate(images, size[::-1], mode="bilinear", antialias=True).clamp(0, 1)
 
-    def with_multidiffusion(self) -> Subject:
-        """The same model, drawing by MultiDiffusion. Raises ValueError where Diffusers has none for it."""
-        from diffusers import DDIMScheduler, StableDiffusionPanoramaPipeline
-
+    def check_multidiffusion(self) -> None:
+        """Raises ValueError where Diffusers has no MultiDiffusion for the pipeline."""
         if not isinstance(self.pipe, StableDiffusionPipeline):
             raise ValueError(
                 f"MultiDiffusion takes a StableDiffusionPipeline, {self.name} is a {type(self.pipe).__name__}"
             )
+
+    def with_multidiffusion(self) -> Subject:
+        """The same model, drawing by MultiDiffusion. Raises ValueError where Diffusers has none for it."""
+        from diffusers import DDIMScheduler, StableDiffusionPanoramaPipeline
+
+        self.check_multidiffusion()
         components = dict(self.pipe.components)
         components["scheduler"] = DDIMScheduler.from_config(self.pipe.scheduler.config)
         pipe = StableDiffusionPanoramaPipeline(**components, requires_safety_checker=False).to(self.pipe.device)
@@ -106,8 +106,7 @@ class Subject:
 
     def fingerprint(self) -> str:
         """Of the denoiser's weights."""
-        model = getattr(self.pipe, "unet", None) or self.pipe.transformer
-        return f"{sum(parameter.double().abs().sum().item() for parameter in model.parameters()):.9e}"
+        return f"{sum(parameter.double().abs().sum().item() for parameter in denoiser(self.pipe).parameters()):.9e}"
 
     def check_sizes(self, sizes: Sequence[Size]) -> None:
         """Raises ValueError for a size the pipeline cannot draw."""
@@ -118,28 +117,36 @@ class Subject:
                 )
 
 
-def glyphs(folder: Path = GLYPHS, steps: int | None = None) -> Subject:
-    """The embedded pipeline."""
+def denoiser(pipe: Any) -> torch.nn.Module:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def glyphs(folder: Path = GLYPHS, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> Subject:
+    """The embedded pipeline; `options` are the same in every call. Raises ValueError where there is none."""
     if not (folder / "model_index.json").exists():
         raise ValueError(
             f"no glyph pipeline in {folder}: train one with `python benchmarks/glyphs/train.py --out {folder}`"
         )
-    pipe = GlyphPipeline.from_pretrained(folder)
+    pipe = GlyphPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Subject(
         "glyphs", pipe, (pipe.train_size, pipe.train_size), GLYPH_SIZES, pipe.multiple,
-        lambda numbers: {"labels": [digits(number, 1).item() for number in numbers]},
-        options={} if steps is None else {"num_inference_steps": steps},
+        lambda numbers: {"labels": data.digits(numbers)}, options=options,
     )  # fmt: skip
 
 
 def text_to_image(
-    name: str, prompts: Sequence[str], steps: int, guidance: float, device: str, dtype: torch.dtype
+    name: str,
+    prompts: Sequence[str],
+    device: str,
+    dtype: torch.dtype,
+    train_size: Size | None = None,
+    **options: Any,
 ) -> Subject:
     """A model of the paper by its short name, or any text-to-image pipeline by path or hub id.
 
     Raises:
-        ValueError: it cannot be loaded, or its trained size is not known.
+        ValueError: it cannot be loaded, draws from no prompt, or its trained size is not known.
     """
     known = KNOWN.get(name)
     path = known.path if known else name
@@ -148,21 +155,34 @@ def text_to_image(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be loaded (a local folder, or a hub id with a network): {reason}") from error
-    return text_subject(name, pipe.to(device), prompts, steps, guidance, known)
+    return text_subject(name, pipe.to(device), prompts, train_size, **options)
 
 
 def text_subject(
-    name: str, pipe: Any, prompts: Sequence[str], steps: int, guidance: float, known: Known | None = None
+    name: str, pipe: Any, prompts: Sequence[str], train_size: Size | None = None, **options: Any
 ) -> Subject:
-    """The subject of a text-to-image pipeline that is loaded already."""
+    """The subject of a text-to-image pipeline that is loaded already; raises as `text_to_image`."""
+    if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"{name} is a {type(pipe).__name__}, which draws from no prompt")
     pipe.set_progress_bar_config(disable=True)
+    known = KNOWN.get(name)
     factor = getattr(pipe, "vae_scale_factor", 8)
-    model = getattr(pipe, "unet", None) or pipe.transformer
-    side = known.train_size if known else model.config.sample_size * factor
-    sizes = known.sizes if known else tuple((side * n // 4 // 64 * 64, side * m // 4 // 64 * 64)
-                                            for n, m in ((2, 2), (3, 3), (4, 4), (6, 6), (4, 3), (6, 4)))  # fmt: skip
+    train_size = train_size or (known.train_size if known else trained_size(name, pipe, factor))
+    width, height = train_size
+    # Half to one and a half times the trained size, and two that are not of its proportion.
+    shares = ((2, 2), (3, 3), (4, 4), (6, 6), (4, 3), (6, 4))
+    others = tuple((width * n // 4 // 64 * 64, height * m // 4 // 64 * 64) for n, m in shares)
     return Subject(
-        name, pipe, (side, side), sizes, factor,
+        name, pipe, train_size, known.sizes if known else others, factor,
         lambda numbers: {"prompt": [prompts[number % len(prompts)] for number in numbers]},
-        known.family if known else None, {"num_inference_steps": steps, "guidance_scale": guidance},
+        known.family if known else None, options,
     )  # fmt: skip
+
+
+def trained_size(name: str, pipe: Any, factor: int) -> Size:
+    """What the denoiser's config says. Raises ValueError where it says nothing."""
+    size = getattr(denoiser(pipe).config, "sample_size", None)
+    if size is None:
+        raise ValueError(f"{name} does not say which size it was trained at: give --train-size")
+    height, width = (size, size) if isinstance(size, int) else size
+    return width * factor, height * factor

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import harness
 
 from evaluation import figures, published, rules
-from evaluation.judges import ImageJudge
-from evaluation.subjects import Subject
+from evaluation.judges import CLIP_SCORE, FID, Judge
+from evaluation.run import CHOSEN, COST, MULTIDIFFUSION, key_of
+from evaluation.subjects import Size, Subject
 
 Row = dict[str, Any]
 
@@ -18,51 +18,65 @@ def size_of(row: Row) -> str:
     return f"{row['width']} x {row['height']}"
 
 
-def interval(row: Row, name: str, digits: int) -> str:
-    low, high = row[f"{name}_interval"]
-    return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def change(row: Row, name: str, digits: int) -> str:
-    """A paired change with its interval, in bold where the interval leaves 0 out."""
-    if f"{name}_change" not in row:
+def interval(row: Row | None, digits: int) -> str:
+    if row is None:
         return ""
-    low, high = row[f"{name}_change_interval"]
-    text = f"{row[f'{name}_change']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    low, high = row["value_interval"]
+    return f"{row['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def change(row: Row | None, digits: int) -> str:
+    """A paired change with its interval, in bold where the interval leaves 0 out."""
+    if row is None or "change" not in row:
+        return ""
+    low, high = row["change_interval"]
+    text = f"{row['change']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
     return f"**{text}**" if low * high > 0 else text
 
 
-def quality(judge: ImageJudge, subject: Subject, rows: Iterable[Row]) -> str:
-    """Tables 1 and 2: a line for each size and rule."""
-    # Rates in per cent are told to a tenth, CLIP scores to four digits.
-    digits = 1 if "%" in judge.score_name else 4
-    known = [table[subject.family] for table in (published.FID, published.CLIP_SCORE) if subject.family in table]
-    header = ["width x height", "scale", judge.distance_name, "change", judge.score_name, "change"]
-    header += [f"the paper's {name}" for name in ("FID", "CLIP score")[: len(known)]]
+def kinds_of(judge: Judge) -> dict[str, tuple[str, int]]:
+    """The figures of merit: name, and how many digits are told. Rates in per cent to a tenth, CLIP scores to four."""
+    return {FID: (judge.distance_name, 1), CLIP_SCORE: (judge.score_name, 1 if "%" in judge.score_name else 4)}
+
+
+def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[Size, str]]) -> str:
+    """Tables 1 and 2: a line for each of the cells (size, rule), with all that was measured of them."""
+    found = {key_of(row): row for row in rows}
+    kinds = {kind: told for kind, told in kinds_of(judge).items() if any(row["kind"] == kind for row in rows)}
+    header = ["width x height", "scale"]
+    known = {}
+    for kind, (name, _) in kinds.items():
+        header += [name, "change"]
+        if subject.family in published.QUALITY[kind]:
+            known[kind] = published.QUALITY[kind][subject.family]
+            header.append(f"the paper's {name}")
     lines = []
-    for row in rows:
-        line = [size_of(row), row["rule"], interval(row, "distance", 1), change(row, "distance", 1)]
-        line += [interval(row, "score", digits), change(row, "score", digits)]
-        for table in known:
-            numbers = dict(
-                zip((rules.ORIGINAL, rules.PAPER), table.get((row["width"], row["height"]), ()), strict=False)
-            )
-            line.append(f"{numbers[row['rule']]:.4f}" if row["rule"] in numbers else "")
+    for size, rule in cells:
+        line = [f"{size[0]} x {size[1]}", rule]
+        for kind, (_, digits) in kinds.items():
+            row = found.get((kind, size, rule))
+            line += [interval(row, digits), change(row, digits)]
+            if kind in known:
+                numbers = dict(zip((rules.ORIGINAL, rules.PAPER), known[kind].get(size, ()), strict=False))
+                line.append(f"{numbers[rule]:.4f}" if rule in numbers else "")
         lines.append(line)
     return harness.markdown(header, lines)
 
 
-def costs(judge: ImageJudge, subject: Subject, rows: Iterable[Row], known: dict) -> str:
+def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
     """Tables 4 and 5: quality, time and memory of the ways to an image of a size."""
     header = ["width x height", "way", judge.distance_name, "seconds an image", "peak memory (MiB)"]
     header += ["the paper's FID, MiB, s (A100)"] if subject.family == "sd" else []
+    known = published.COST if kind == COST else published.MULTIDIFFUSION
+    found = {key_of(row): row for row in rows}
     lines = []
-    for row in rows:
-        paper = known.get((row["width"], row["height"]), {}).get(row["rule"])
+    for row in (row for row in rows if row["kind"] == kind):
+        _, size, rule = key_of(row)
+        paper = known.get(size, {}).get(rule)
         low, high = row["seconds_quartiles"]
         lines.append([
-            size_of(row), row["rule"], interval(row, "distance", 1), f"{row['seconds']:.3f} ({low:.3f} to {high:.3f})",
-            f"{row['peak_mib']:.1f}",
+            size_of(row), rule, interval(found.get((FID, size, rule)), 1),
+            f"{row['seconds']:.3f} ({low:.3f} to {high:.3f})", f"{row['peak_mib']:.1f}",
             *([", ".join(map(str, paper)) if paper else ""] if subject.family == "sd" else []),
         ])  # fmt: skip
     return harness.markdown(header, lines)
@@ -94,24 +108,24 @@ def fits(rows: list[Row]) -> str:
     return harness.markdown(["scale", "T", "slope", "intercept (nats)", "R²"], lines)
 
 
-def report(judge: ImageJudge, subject: Subject, rows: list[Row]) -> str:
-    parts = []
-    for kind, title in (
-        ("quality", "Every size and scale"),
-        ("chosen", "The exponent chosen on the other half of the images"),
-        ("control", "Control: multiples of the scale at the trained size"),
-    ):
-        of = [row for row in rows if row["kind"] == kind]
-        if of:
-            parts.append(f"### {title}\n\n{quality(judge, subject, of)}")
-    for kind, title, known in (
-        ("cost", "Against resizing from the trained size", published.COST),
-        ("multidiffusion", "Against MultiDiffusion", published.MULTIDIFFUSION),
-    ):
-        of = [row for row in rows if row["kind"] == kind]
-        if of:
-            parts.append(f"### {title}\n\n{costs(judge, subject, of, known)}")
-    of = [row for row in rows if row["kind"] == "entropy"]
+def report(judge: Judge, subject: Subject, rows: list[Row]) -> str:
+    measured = list(dict.fromkeys(key_of(row)[1:] for row in rows if row["kind"] in (FID, CLIP_SCORE)))
+    other = [cell for cell in measured if cell[0] != subject.train_size]
+    trained = [cell for cell in measured if cell[0] == subject.train_size]
+    chosen = [key_of(row)[1:] for row in rows if row["kind"] == CHOSEN]
+    parts = [
+        f"### {title}\n\n{quality(judge, subject, rows, cells)}"
+        for title, cells in (
+            ("Every size and scale", other),
+            ("The exponent chosen on the other half of the images", chosen),
+            ("At the trained size, with the control: multiples of the scale", trained),
+        )
+        if cells
+    ]
+    for kind, title in ((COST, "Against resizing from the trained size"), (MULTIDIFFUSION, "Against MultiDiffusion")):
+        if any(row["kind"] == kind for row in rows):
+            parts.append(f"### {title}\n\n{costs(judge, subject, rows, kind)}")
+    of = figures.entropy_rows(rows)
     if of:
         parts.append(f"### Entropy against ln N\n\n{fits(of)}\n\n{entropies(of)}")
     scales = "\n".join(f"- {name}: {meaning}" for name, meaning in rules.MEANING.items())

@@ -1,4 +1,11 @@
-"""Designs side by side, from what evaluate.py wrote of each: python benchmarks/glyphs/compare.py build/designs/*"""
+"""Designs side by side: python benchmarks/glyphs/compare.py build/designs/*
+
+Of each folder it reads what train.py, attention.py and paper.py wrote there:
+
+    python benchmarks/glyphs/train.py --design sharp --out build/designs/sharp
+    python benchmarks/glyphs/attention.py build/designs/sharp
+    python benchmarks/paper.py --what fid clip --folder build/designs/sharp --out build/designs/sharp
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
@@ -14,75 +21,82 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import harness
+from evaluation import rows as row_files
+from evaluation import rules
+from evaluation.run import key_of
 
 Row = dict[str, Any]
+FILES = ("training.json", "attention.json", "glyphs/results.jsonl")
+SCALES = (rules.ORIGINAL, rules.PAPER, "exponent 4", rules.CALIBRATED)
+TRAINED = (24, 24)
 
 
-def parameters(folder: Path) -> float:
-    """Millions, of the denoiser."""
+class Measured(NamedTuple):
+    """What the files of a folder say."""
+
+    name: str
+    parameters: float  # millions
+    training: Row
+    layers: list[Row]
+    machine: Row
+    cells: dict[tuple, Row]  # of paper.py
+
+
+def read(folder: Path) -> Measured:
     with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys()) / 1e6  # noqa: SIM118 (not a dict)
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys()) / 1e6  # noqa: SIM118 (not a dict)
+    training = json.loads((folder / FILES[0]).read_text())
+    machine, *rows = row_files.read(folder / FILES[2])
+    name = f"{training['design']}, {training['steps']} x {training['batch']}"
+    cells = {key_of(row): row for row in rows}
+    return Measured(name, parameters, training, harness.load(folder / FILES[1])[1], machine, cells)
 
 
-def overview(folder: Path, training: Row, rows: list[Row]) -> list[str]:
+def figures(measured: Measured, size: tuple[int, int], rule: str) -> str:
+    """Distance / recognised (%) of a cell."""
+    found = [measured.cells.get((kind, size, rule)) for kind in ("fid", "clip")]
+    return " / ".join(f"{row['value']:.1f}" for row in found if row is not None)
+
+
+def overview(measured: Measured) -> list[str]:
     """A design in a line: what it is, its attention at the trained size, and its control."""
-    layers = [row for row in rows if row["kind"] == "layer"]
-    control = {row["way"]: row for row in rows if row["kind"] == "control"}
-    at_one = control["m = 1"]
-    tokens = ", ".join(
-        f"{sum(row['tokens'] == T for row in layers)} x {T}" for T in dict.fromkeys(row["tokens"] for row in layers)
-    )
-
-    def each(name: str) -> str:
-        return ", ".join(f"{row[name]:.1f}" for row in layers)
-
-    return [
-        f"{training['design']}", f"{parameters(folder):.2f}", f"{training['steps']} x {training['batch']}", tokens,
-        each("deficit"), each("half_variance"), f"{at_one['frechet']:.1f}", f"{at_one['recognised']:.1f}",
-        ", ".join(f"{way.removeprefix('m = ')}: {row['frechet']:.1f}" for way, row in control.items()),
-    ]  # fmt: skip
+    layers = measured.layers
+    T = dict.fromkeys(row["tokens"] for row in layers)
+    tokens = ", ".join(f"{sum(row['tokens'] == each for row in layers)} x {each}" for each in T)
+    columns = [", ".join(f"{row[name]:.1f}" for row in layers) for name in ("deficit", "half_variance")]
+    control = [figures(measured, TRAINED, rule) for rule in (rules.ORIGINAL, *rules.CONTROLS)]
+    return [measured.name, f"{measured.parameters:.2f}", tokens, *columns, *control]
 
 
-def sizes(training: Row, rows: list[Row]) -> list[list[str]]:
-    """A line for each size: Frechet distance and recognition with each scale."""
-    of = [row for row in rows if row["kind"] == "size"]
-    lines = []
-    for height, width in dict.fromkeys((row["height"], row["width"]) for row in of):
-        cells = {row["way"]: row for row in of if (row["height"], row["width"]) == (height, width)}
-        lines.append([
-            training["design"], f"{height} x {width}",
-            *(f"{cell['frechet']:.1f} / {cell['recognised']:.1f}" for cell in cells.values()),
-        ])  # fmt: skip
-    return lines
+def sizes(measured: Measured) -> list[list[str]]:
+    """A line for each size: distance and recognition with each scale."""
+    of = dict.fromkeys(size for _, size, _ in measured.cells if size != TRAINED)
+    return [[measured.name, f"{w} x {h}", *(figures(measured, (w, h), rule) for rule in SCALES)] for w, h in of]
 
 
 def report(folders: list[Path]) -> str:
-    read = []
-    for folder in folders:
-        training = json.loads((folder / "training.json").read_text())
-        machine, rows = harness.load(folder / "evaluation.json")
-        read.append((folder, training, machine, rows))
-    header = ["design", "parameters (M)", "steps x batch", "self-attention: layers x T", "ln T − entropy, by layer",
-              "σ² / 2, by layer", "Frechet distance at 24 x 24", "recognised (%)",
-              "Frechet distance with m times the scale"]  # fmt: skip
-    first = harness.markdown(header, [overview(folder, training, rows) for folder, training, _, rows in read])
-    header = ["design", "height x width", "original", "λ", "calibrated"]
-    second = harness.markdown(header, [line for _, training, _, rows in read for line in sizes(training, rows)])
-    counts = ", ".join(f"{training['design']} {machine['count']}" for _, training, machine, _ in read)
+    designs = [read(folder) for folder in folders]
+    header = ["design, steps x batch", "parameters (M)", "self-attention: layers x T", "ln T − entropy, by layer",
+              "σ² / 2, by layer", "as trained", *rules.CONTROLS]  # fmt: skip
+    first = harness.markdown(header, [overview(measured) for measured in designs])
+    header = ["design, steps x batch", "width x height", *SCALES]
+    second = harness.markdown(header, [line for measured in designs for line in sizes(measured)])
+    counts = ", ".join(f"{measured.machine['num'] // 2}" for measured in designs)
     return (
-        f"{first}\n\nFrechet distance / recognised (%) at other sizes:\n\n{second}\n\n"
-        f"Images of each cell: {counts}; image number n comes from seed n. {harness.describe(read[0][2])}"
+        "Frechet distance / recognised (%), at the trained size with multiples of the scale:\n\n"
+        f"{first}\n\nAt other sizes:\n\n{second}\n\n"
+        f"Images of each cell, design by design: {counts}. {harness.describe(designs[0].machine)}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", help="of train.py, with evaluate.py's evaluation.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="of train.py, attention.py and paper.py")
     arguments = parser.parse_args()
     for folder in arguments.folders:
-        for name in ("training.json", "evaluation.json"):
+        for name in FILES:
             if not (folder / name).is_file():
-                parser.error(f"{folder / name} is missing: train and evaluate the design first")
+                parser.error(f"{folder / name} is missing: train and measure the design first")
     print(report(arguments.folders))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,11 @@ FACES = (
 HEIGHTS = (0.45, 0.9)  # of a digit, as a share of the shorter side of its image
 DIGIT = 0.73  # height of a digit over the font's size
 FINER = 4  # drawn so many times larger, then averaged
+
+
+def digits(numbers: Iterable[int]) -> list[int]:
+    """What the images of these numbers show: the digits in turn."""
+    return [number % len(CLASSES) for number in numbers]
 
 
 def render(labels: torch.Tensor | list[int], height: int, width: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Train the glyph pipeline: `python benchmarks/glyphs/train.py`, which goes on where it was interrupted.
 
 v-prediction at one image size. Every step draws its images, times and noise from a seed of its own, so that a training
-that was interrupted ends at the same weights as one that was not (with the same number of processes).
+that was interrupted ends at the same weights as one that was not (with the same number of processes). The network that judges its images
+is trained by recogniser.py.
 """
 
 from __future__ import annotations
@@ -111,14 +112,7 @@ def steps_of(arguments: argparse.Namespace, rank: int) -> Iterator[tuple[int, fl
         loss = F.mse_loss(model(**batch), target)
         optimiser.zero_grad()
         loss.backward()
-        gradients = torch.cat([parameter.grad.flatten() for parameter in parameters] + [loss.detach()[None]])
-        if arguments.processes > 1:
-            torch.distributed.all_reduce(gradients)
-            gradients /= arguments.processes
-        for parameter, gradient in zip(
-            parameters, gradients.split([p.numel() for p in parameters] + [1]), strict=False
-        ):
-            parameter.grad.copy_(gradient.view_as(parameter))
+        mean_loss = loss.item() if arguments.processes == 1 else average_gradients(parameters, loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         decay = min(0.998, (1 + step) / (10 + step))
@@ -126,10 +120,21 @@ def steps_of(arguments: argparse.Namespace, rank: int) -> Iterator[tuple[int, fl
             torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
         if rank == 0 and ((step + 1) % SAVED_EVERY == 0 or step + 1 == arguments.steps):
             save_checkpoint(arguments, model, average, optimiser, step + 1)
-        yield step + 1, gradients[-1].item()
+        yield step + 1, mean_loss
     if rank == 0:
         save_pipeline(average, arguments.out)
         (arguments.out / "training.json").write_text(json.dumps(settings(arguments), indent=1) + "\n")
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], loss: torch.Tensor) -> float:
+    """Give every process the mean of all gradients; returns that of the losses."""
+    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters] + [loss.detach()[None]])
+    torch.distributed.all_reduce(gradients)
+    gradients /= torch.distributed.get_world_size()
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients[:-1].split(sizes), strict=True):
+        parameter.grad.copy_(gradient.view_as(parameter))
+    return gradients[-1].item()
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -164,8 +164,9 @@ def _calibrated(
     missing = [name for name in rules if name not in known.entropy]
     if missing:
         raise ValueError(f"calibration has no entropy for layer {missing[0]}: make it anew with calibrate()")
+    entropy = known.entropy  # 0 where a layer had one token: there is nothing to match
     return {
-        name: replace(rule, train_entropy=known.entropy[name], match_entropy=match_entropy)
+        name: replace(rule, train_entropy=entropy[name], match_entropy=match_entropy and entropy[name] > 0)
         for name, rule in rules.items()
     }
 

@@ -1,0 +1,41 @@
+"""The rows of a run that is gone on with: a JSON line each, appended as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import harness
+
+
+class Rows(harness.Record):
+    """A file whose first line says where, with what and of what the rows are, `about`; a row is a line.
+
+    Rows of an earlier run about the same are kept.
+    """
+
+    def __init__(self, path: Path, device: str | None = None, **about: Any) -> None:
+        super().__init__(path, device, **about)
+        kept = read(self.path) if self.path.exists() else []
+        changed = [name for name in about if kept and kept[0].get(name) != json.loads(json.dumps(about[name]))]
+        if changed:
+            print(f"{self.path} is of another {', '.join(changed)}: all is measured again", file=sys.stderr)
+        else:
+            self.rows = kept[1:]
+        lines = [self.machine, *self.rows]
+        part = self.path.with_suffix(".part")  # written anew, since the last line may be torn
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(self.path)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows += rows
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines but one that an interruption tore."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,96 @@
+"""How peaked the self-attention of a glyph pipeline is, layer by layer, while it draws at its trained size.
+
+Writes attention.json beside the weights: entropy in nats, its distance from ln T, and half the logits' variance, which
+by Eq. 5 of Jin et al., NeurIPS 2023, is that distance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import harness
+from evaluation.subjects import Subject, glyphs
+
+IMAGES = 20  # two of each digit
+
+
+def logit_variances(subject: Subject) -> dict[str, float]:
+    """The variance of q . k / sqrt(d) over the keys, its mean over queries, heads, images and steps, of every layer.
+
+    The layers are named as in the records of entropy.
+    """
+    kept: dict[tuple[str, str], Any] = {}
+    sums: dict[str, list[float]] = defaultdict(list)
+    hooks = []
+
+    def keep(name: str, what: str, heads: int):
+        def hook(module, inputs, output):
+            kept[name, what] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
+            if len(kept) == 2:
+                query, key = kept.pop((name, "to_q")), kept.pop((name, "to_k"))
+                logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+                sums[name].append(logits.var(-1).mean().item())
+
+        return hook
+
+    for name, module in subject.pipe.unet.named_modules():
+        if name.endswith("attn1"):
+            for what in ("to_q", "to_k"):
+                layer = getattr(module, what)
+                hooks.append(layer.register_forward_hook(keep(f"unet.{name}", what, module.heads)))
+    try:
+        subject.draw(subject.train_size, range(IMAGES), None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def rows_of(subject: Subject) -> list[dict[str, Any]]:
+    """A row for every layer."""
+    variances = logit_variances(subject)
+    record = subject.entropies(subject.train_size, range(IMAGES), None, IMAGES)
+    return [
+        {
+            "layer": row["layer"], "tokens": row["tokens"], "entropy": row["entropy"],
+            "deficit": math.log(row["tokens"]) - row["entropy"], "half_variance": variances[row["layer"]] / 2,
+        }
+        for row in record.table(by=("layer",))
+    ]  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        [row["layer"].removeprefix("unet."), str(row["tokens"])]
+        + [f"{row[name]:.2f}" for name in ("entropy", "deficit", "half_variance")]
+        for row in rows
+    ]
+    return harness.markdown(["self-attention", "T", "entropy (nats)", "ln T - entropy", "σ² / 2"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of a pipeline, as train.py writes it")
+    arguments = parser.parse_args()
+    try:
+        subject = glyphs(arguments.model)
+    except ValueError as error:
+        parser.error(str(error))
+    with harness.Record(arguments.model / "attention.json", "cpu", images=IMAGES) as record:
+        record.add(*rows_of(subject))
+    harness.write_tables(record.path, record.machine, table(record.rows))
+
+
+if __name__ == "__main__":
+    main()
