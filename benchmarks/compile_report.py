@@ -50,8 +50,7 @@ class Case(NamedTuple):
 
 def measure(case: Case) -> dict[str, Any]:
     """A row of the report."""
-    masked = "mask" in MASKS[case.mask]
-    tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim, case.entropy, masked)
+    tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim, case.entropy)
     row = {**case._asdict(), "status": STATUS, "tile": dataclasses.asdict(tile)}
     try:
         kernel = aot.compile_kernel(
@@ -88,10 +87,9 @@ def assembler_versions() -> dict[str, str]:
 
 
 def tile_text(tile: dict[str, Any]) -> str:
-    rest = {name: x for name, x in tile.items() if name not in ("block_m", "block_n", "spills") and x is not None}
-    return f"{tile['block_m']}x{tile['block_n']}, " + ", ".join(
-        f"{x} {n.removeprefix('num_')}" for n, x in rest.items()
-    )
+    text = f"{tile['block_m']}x{tile['block_n']}, {tile['num_warps']} warps, {tile['num_stages']} stages"
+    text += f", edges of {tile['edge_n']}" if tile["edge_n"] else ""
+    return text + (", sums by thread" if tile["lane_sums"] else "")
 
 
 def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -23,7 +23,7 @@ import harness
 import torch
 
 try:
-    from evaluation import figures, tables
+    from evaluation import figures, rules, tables
     from evaluation.judges import CLIP, GlyphJudge, Judge, TextJudge
     from evaluation.rows import Rows
     from evaluation.run import MULTIDIFFUSION, WHAT, Run, work
@@ -91,6 +91,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--what", nargs="+", choices=(*WHAT, "all"), default=["all"], help="all: what the model allows (default)"
     )
+    parser.add_argument(
+        "--scales", nargs="+", choices=rules.RULES, default=rules.RULES,
+        help="beside the original (default: all; the exponent is chosen where all of them are there)",
+    )  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=parse_size, help="WIDTHxHEIGHT (default: the model's)")
     parser.add_argument("--num", type=int, default=400, help="images of each size and scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first image (default: %(default)s)")
@@ -126,7 +130,8 @@ def main() -> None:
         what = wanted(run.subject, arguments.what)
         about = {name: getattr(arguments, name) for name in ("model", "num", "seed", "references", "clip")}
         with Rows(run.out / "results.jsonl", arguments.device, **about) as rows:
-            work(run, arguments.sizes or list(run.subject.sizes), what, rows)
+            scales = [rule for rule in rules.RULES if rule in (rules.ORIGINAL, *arguments.scales)]
+            work(run, arguments.sizes or list(run.subject.sizes), what, scales, rows)
         written = harness.write_tables(rows.path, rows.machine, tables.report(run.judge, run.subject, rows.rows))
         names = {kind: name for kind, (name, _) in tables.kinds_of(run.judge).items()}
         figures.draw(rows.rows, rows.path.with_suffix(".png"), run.subject.train_size, names)

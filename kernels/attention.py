@@ -47,19 +47,34 @@ def add_pairs(p, px, other_p, other_px):
 
 
 @triton.jit
-def row_sums(p, px, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
-    """Sums of both along their rows, [M, N] -> [M]. PARTIALS columns of the matrix-unit layout lie side by side in the
-    threads of a row: each thread first adds what it holds, in as many chains as it has of them. Both sums in one
-    reduction let a thread drop each pair as soon as it is added."""
-    p = tl.reshape(p, (M, N // PARTIALS, PARTIALS))
-    px = tl.reshape(px, (M, N // PARTIALS, PARTIALS))
-    return tl.reduce(tl.reduce((p, px), 1, add_pairs), 1, add_pairs)
+def split_rows(p, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr):
+    """[M, N] with the columns that each of LANES threads of a row holds along axes of their own, 1 and 3.
+
+    PARTIALS columns of the matrix-unit layout lie side by side in the threads of a row. The last axis, of 1, keeps sums
+    [M, LANES, 1] from being laid out as a matrix, where a thread would hold them twice."""
+    return tl.reshape(p, (M, N // PARTIALS, LANES, PARTIALS // LANES, 1))
 
 
 @triton.jit
-def row_sum(p, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr):
+def row_sums(p, px, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr):
+    """Sums of both along their rows, [M, N] -> [M, LANES, 1]: of each thread by itself, or of all with LANES = 1. Each
+    thread first adds what it holds, in as many chains as it has columns side by side. Both sums in one reduction let a
+    thread drop each pair as soon as it is added."""
+    p = split_rows(p, M, N, PARTIALS, LANES)
+    px = split_rows(px, M, N, PARTIALS, LANES)
+    return tl.reduce(tl.reduce((p, px), 1, add_pairs), 2, add_pairs)
+
+
+@triton.jit
+def row_sum(p, M: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr):
     """`row_sums` of p alone."""
-    return tl.sum(tl.sum(tl.reshape(p, (M, N // PARTIALS, PARTIALS)), 1), 1)
+    return tl.sum(tl.sum(split_rows(p, M, N, PARTIALS, LANES), 1), 2)
+
+
+@triton.jit
+def row_total(x):
+    """[M, LANES, 1] -> [M]."""
+    return tl.sum(tl.sum(x, 2), 1)
 
 
 @triton.jit
@@ -68,7 +83,8 @@ def attend(
     start, end, query_index, stride_kn, stride_vn, scale,
     m, l, t, acc1, acc2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
     VALUE_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -127,12 +143,14 @@ def attend(
         # Rounded at once where threads may hold a single score of a row: folded into the sum of a thread and its
         # partner, each would round the other's product only, and the two would differ in the last bit.
         px = tl.fma(p, px, 0.0) if PARTIALS == BLOCK_N else p * px
-        sum_p, sum_px = row_sums(p, px, BLOCK_M, BLOCK_N, PARTIALS)
+        sum_p, sum_px = row_sums(p, px, BLOCK_M, BLOCK_N, PARTIALS, LANES)
+        d_lanes = tl.broadcast_to(d[:, None, None], t.shape)
+        a_lanes = tl.broadcast_to(a[:, None, None], t.shape)
         previous = l
-        l = l * a + sum_p
-        t = tl.fma(tl.fma(previous, d, t), a, sum_px)
+        l = l * a_lanes + sum_p
+        t = tl.fma(tl.fma(previous, d_lanes, t), a_lanes, sum_px)
     else:
-        l = l * a + row_sum(p, BLOCK_M, BLOCK_N, PARTIALS)
+        l = l * a[:, None, None] + row_sum(p, BLOCK_M, BLOCK_N, PARTIALS, LANES)
 
     if not VALUE_FIRST:
         v1 = load_tile(V + offset * stride_vn + v1_offsets, key_valid[:, None], e1[None, :] < E, HIDES, E1 > E)
@@ -144,6 +162,17 @@ def attend(
         v2 = load_tile(V + offset * stride_vn + v2_offsets, key_valid[:, None], e2[None, :] < E, HIDES, E1 + E2 > E)
         acc2 = tl.dot(p, v2, acc2 * a[:, None], input_precision=PRECISION)  # [M, E2]
     return m_new, l, t, acc1, acc2
+
+
+@triton.jit
+def offsets_of(rows, D1: tl.constexpr, D2: tl.constexpr, AXIS: tl.constexpr):
+    """Offsets of tiles of keys or values from those of their rows, [1, N] or [N, 1], with the head dim along AXIS: of
+    the first piece, and of the second, which is the first again where there is none."""
+    first = rows + tl.expand_dims(tl.arange(0, D1), 1 - AXIS)
+    second = first
+    if D2:
+        second = rows + tl.expand_dims(D1 + tl.arange(0, D2), 1 - AXIS)
+    return first, second
 
 
 @triton.jit
@@ -167,7 +196,7 @@ def attention_forward(
     stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh,
     H, Hkv, Nq, Nk, keys_per_split,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr, VALUE_FIRST: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -218,35 +247,26 @@ def attention_forward(
     e1 = tl.arange(0, E1)
     q1 = load_tile(Q + row[:, None] * stride_qn + c1[None, :], row_valid[:, None], c1[None, :] < D, True, D1 > D)
     q1 = (q1.to(tl.float32) * sign).to(q1.dtype)  # [M, D1]
-    k1_offsets = key[None, :] * stride_kn + c1[:, None]  # [D1, N]
-    v1_offsets = key[:, None] * stride_vn + e1[None, :]  # [N, E1]
     acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
     q2 = q1
-    k2_offsets = k1_offsets
-    v2_offsets = v1_offsets
     acc2 = acc1
     if D2:
         c2 = D1 + tl.arange(0, D2)
         q2 = load_tile(Q + row[:, None] * stride_qn + c2[None, :], row_valid[:, None], c2[None, :] < D, True, True)
         q2 = (q2.to(tl.float32) * sign).to(q2.dtype)  # [M, D2]
-        k2_offsets = key[None, :] * stride_kn + c2[:, None]  # [D2, N]
     if E2:
         e2 = E1 + tl.arange(0, E2)
-        v2_offsets = key[:, None] * stride_vn + e2[None, :]  # [N, E2]
         acc2 = tl.zeros([BLOCK_M, E2], tl.float32)
-    mask_pointers = Mask
     if MASK != "none":
         Mask += b * stride_mb + h * stride_mh
-        if MASK_ROWS:
-            # Rows past the end read the last one again; they are never stored.
-            mask_row = tl.minimum(row, Nq - 1 - first)
-            mask_pointers = Mask + first * stride_mm + mask_row[:, None] * stride_mm + key[None, :] * stride_mn
-        else:
-            mask_pointers = Mask + key * stride_mn
+    if MASK_ROWS:
+        # Rows past the end read the last one again; they are never stored.
+        mask_row = tl.minimum(row, Nq - 1 - first)[:, None] * stride_mm
+        Mask += first * stride_mm
 
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    t = tl.zeros([BLOCK_M], tl.float32)
+    l = tl.zeros([BLOCK_M, LANES, 1], tl.float32)
+    t = tl.zeros([BLOCK_M, LANES, 1], tl.float32)
     ENTROPY: tl.constexpr = Entropy is not None
 
     # Keys from full_start to full_end come in whole blocks that every query of the tile sees, without a look at a mask
@@ -275,6 +295,10 @@ def attention_forward(
     mask = m  # none yet
     K_full = K + tl.cast(full_start, tl.int64) * stride_kn
     V_full = V + tl.cast(full_start, tl.int64) * stride_vn
+    k1_offsets, k2_offsets = offsets_of(key[None, :] * stride_kn, D1, D2, 0)
+    v1_offsets, v2_offsets = offsets_of(key[:, None] * stride_vn, E1, E2, 1)
+    if MASK_ROWS:
+        mask_pointers = Mask + mask_row + key[None, :] * stride_mn
     for block in range(0, full_end - full_start, BLOCK_N):
         block_mask = mask
         if MASK_ROWS:
@@ -282,33 +306,43 @@ def attention_forward(
         m, l, t, acc1, acc2 = attend(
             q1, q2, K_full, V_full, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
             block, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
-            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL, "none" if SHARED_MASK else MASK,
-            MASK_ROWS, ENTROPY, PRECISION, VALUE_FIRST,
+            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, LANES, False, CAUSAL,
+            "none" if SHARED_MASK else MASK, MASK_ROWS, ENTROPY, PRECISION, VALUE_FIRST,
         )  # fmt: skip
+    edge_key = tl.arange(0, EDGE_N).to(INDEX)
+    k1_offsets, k2_offsets = offsets_of(edge_key[None, :] * stride_kn, D1, D2, 0)
+    v1_offsets, v2_offsets = offsets_of(edge_key[:, None] * stride_vn, E1, E2, 1)
+    if MASK_ROWS:
+        mask_pointers = Mask + mask_row + edge_key[None, :] * stride_mn
+    elif SHARED_MASK:
+        mask_pointers = Mask + edge_key * stride_mn
     edge_start = full_end
     edge_end = end
     if SHARED_MASK:  # edges on both sides of the whole blocks: these are left out of the count
         edge_start = begin
         edge_end = end - (full_end - full_start)
         start = edge_block(edge_start, full_start, full_end)
-        mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
-    for block in tl.range(edge_start, edge_end, BLOCK_N, num_stages=1):
+        mask = load_mask(mask_pointers, start, end, stride_mn, EDGE_N, True, BIAS)
+    for block in tl.range(edge_start, edge_end, EDGE_N, num_stages=1):
         if not SHARED_MASK:
             start = block
         block_mask = mask
         if MASK_ROWS:
-            block_mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
+            block_mask = load_mask(mask_pointers, start, end, stride_mn, EDGE_N, True, BIAS)
         m, l, t, acc1, acc2 = attend(
             q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
             start, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
-            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, True, CAUSAL, MASK, MASK_ROWS, ENTROPY, PRECISION,
-            VALUE_FIRST,
+            D, D1, D2, E, E1, E2, BLOCK_M, EDGE_N, PARTIALS, LANES, True, CAUSAL, MASK, MASK_ROWS, ENTROPY,
+            PRECISION, VALUE_FIRST,
         )  # fmt: skip
         if SHARED_MASK:
             # Carried from block to block: loaded where it is used, its 8 bits would decide how the matrix units'
             # operands are laid out, and the queries be held in two layouts.
-            start = edge_block(block + BLOCK_N, full_start, full_end)
-            mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
+            start = edge_block(block + EDGE_N, full_start, full_end)
+            mask = load_mask(mask_pointers, start, end, stride_mn, EDGE_N, True, BIAS)
+
+    l = row_total(l)
+    t = row_total(t)
 
     # Where no key was visible l is 0: out and entropy are 0 there, lse is -inf.
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)

@@ -32,6 +32,13 @@ class Tile:
     num_warps: int
     num_stages: int
     spills: int = 0
+    # Keys at a time where some need checks, 0 for block_n: the checks' registers are wanting in the main loop as well.
+    edge_n: int = 0
+    lane_sums: bool = False  # the threads of a row keep sums of their own to the end
+
+    def __post_init__(self) -> None:
+        if self.edge_n and self.block_n % self.edge_n:
+            raise ValueError(f"edge_n must divide block_n, {self.block_n}, got {self.edge_n}")
 
 
 # architecture -> bits of the dtype -> largest head dim served -> tile
@@ -51,8 +58,8 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
         16: {
             16: Tile(128, 64, 4, 2), 32: Tile(128, 64, 4, 3, spills=16), 40: Tile(64, 64, 2, 2, spills=8),
             64: Tile(128, 64, 4, 2), 80: Tile(128, 64, 4, 2, spills=16), 96: Tile(128, 32, 4, 2, spills=8),
-            128: Tile(128, 32, 4, 3, spills=40), 192: Tile(128, 64, 8, 2, spills=40), 256: Tile(64, 32, 8, 1),
-            512: Tile(64, 16, 8, 1),
+            128: Tile(128, 32, 4, 2, spills=8, edge_n=16, lane_sums=True), 192: Tile(128, 64, 8, 2, spills=40),
+            256: Tile(64, 32, 8, 1), 512: Tile(64, 16, 8, 1),
         },
         32: {
             64: Tile(64, 16, 4, 2, spills=16), 96: Tile(64, 16, 8, 2, spills=24), 128: Tile(32, 16, 4, 2, spills=8),
@@ -124,9 +131,8 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }  # fmt: skip
 
-# Rows of the table that differ where the entropy is asked for, and where there is a mask.
+# Rows of the table that differ where the entropy is asked for.
 WITH_ENTROPY: dict[str, dict[int, dict[int, Tile]]] = {"sm_80": {16: {64: Tile(256, 64, 8, 2, spills=8)}}}
-WITH_MASK: dict[str, dict[int, dict[int, Tile]]] = {"sm_80": {16: {128: Tile(128, 32, 4, 2, spills=168)}}}
 
 
 _override: Tile | None = None
@@ -158,22 +164,21 @@ def override(tile: Tile) -> Iterator[None]:
         reload()
 
 
-def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False, mask: bool = False) -> Tile:
+def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False) -> Tile:
     """The tile for an architecture ("sm_80", "gfx942"), a dtype ("float16") and the larger of the two head dims."""
     if _override is not None:
         return _override
-    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy, mask)
+    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy)
 
 
 @cached
-def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool, mask: bool) -> Tile:
+def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool) -> Tile:
     rows = _overrides(path).get(architecture, {}).get(dtype, {})
     if not any(largest >= head_dim for largest in rows):
         architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
-        rows = dict(TABLE[architecture][bits])
-        for applies, special in ((entropy, WITH_ENTROPY), (mask, WITH_MASK)):
-            if applies:
-                rows |= special.get(architecture, {}).get(bits, {})
+        rows = TABLE[architecture][bits]
+        if entropy:
+            rows = rows | WITH_ENTROPY.get(architecture, {}).get(bits, {})
     return rows[min(largest for largest in rows if largest >= head_dim)]
 
 
@@ -200,10 +205,13 @@ def constexprs(
     # A row's columns lie side by side in its threads with matrix units, unless a full mask brings its own layout.
     # Elsewhere the compiler adds up a row as it likes.
     columns = 16 if table_architecture(architecture) == "gfx1100" else 8
-    partials = columns if matrix_units and not mask_rows else tile.block_n
+    known_layout = matrix_units and not mask_rows
+    partials = columns if known_layout else tile.block_n
     return {
         "D": head_dim, "D1": D1, "D2": D2, "E": value_dim, "E1": E1, "E2": E2,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PARTIALS": partials,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "EDGE_N": (known_layout and tile.edge_n) or tile.block_n,
+        "PARTIALS": partials, "LANES": 4 if known_layout and tile.lane_sums else 1,
         "CAUSAL": is_causal, "MASK": mask, "MASK_ROWS": mask_rows,
         "PRECISION": ("tf32" if tf32 else "tf32x3") if matrix_units and architecture.startswith("sm_") else "ieee",
         "STRIDE_UNIT": stride_unit, "WIDE": wide,

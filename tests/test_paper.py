@@ -256,7 +256,6 @@ def test_a_run_on_a_tiny_model_of_the_paper(evaluation, tmp_path, monkeypatch, c
     monkeypatch.setattr(judges, "load_inception", lambda weights: Colours())
     monkeypatch.setattr(runs, "ROUNDS", 1)
     monkeypatch.setattr(runs, "RECORDED", 2)
-    monkeypatch.setattr(rules, "RULES", ("original", "paper", "exponent 1", "exponent 2", "exponent 4", "matched"))
     monkeypatch.setattr(rules, "CONTROLS", ("multiplier 0.9",))
     model = tmp_path / kind
     getattr(tiny_pipelines, kind)().save_pretrained(model)
@@ -265,7 +264,7 @@ def test_a_run_on_a_tiny_model_of_the_paper(evaluation, tmp_path, monkeypatch, c
     command = [
         "paper.py", "--model", model, "--num", "40", "--batch", "20", "--steps", "1", "--sizes", "32x32", "64x64",
         "--train-size", "64x64", "--prompts", tmp_path / "prompts.txt", "--clip", tiny_clip(tmp_path / "clip"),
-        "--references", images_in(tmp_path / "references"), "--out", out,
+        "--references", images_in(tmp_path / "references"), "--out", out, "--scales", "paper", "matched",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     paper = evaluation("paper")
@@ -276,7 +275,7 @@ def test_a_run_on_a_tiny_model_of_the_paper(evaluation, tmp_path, monkeypatch, c
     rows = rows_in(folder / "results.jsonl")
     kinds = [row["kind"] for row in rows]
     beside = 1 if kind == "ldm" else 2  # resizing and MultiDiffusion
-    assert kinds.count("fid") == kinds.count("clip") == 6 + beside + 2
+    assert kinds.count("fid") == kinds.count("clip") == 3 + beside + 2
     assert kinds.count("multidiffusion") == (0 if kind == "ldm" else 3)
     assert kinds.count("entropy") == 2 * 3
     judged = [row for row in rows if row["kind"] in ("fid", "clip")]

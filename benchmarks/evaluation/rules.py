@@ -10,7 +10,8 @@ EXPONENTS = (1.0, 2.0, 4.0)
 MULTIPLIERS = (0.8, 0.9, 1.1, 1.25)  # of the control at the trained size
 ORIGINAL, PAPER, CALIBRATED, MATCHED = "original", "paper", "calibrated", "matched"
 RESIZED, MULTIDIFFUSION = "resized", "multidiffusion"  # other ways to an image of a size than a scale
-RULES = (ORIGINAL, PAPER, *(f"exponent {p:g}" for p in EXPONENTS), CALIBRATED, MATCHED)
+CANDIDATES = (PAPER, *(f"exponent {p:g}" for p in EXPONENTS))  # of which one is chosen
+RULES = (ORIGINAL, *CANDIDATES, CALIBRATED, MATCHED)
 CONTROLS = tuple(f"multiplier {m:g}" for m in MULTIPLIERS)
 MEANING = {
     ORIGINAL: "1 / √d, as trained",

@@ -132,26 +132,25 @@ class Run:
 
     def chosen_exponent(self, size: Size, progress: tqdm) -> str:
         """The exponent with the smallest distance on the first half of the images."""
-        candidates = [rules.PAPER, *(f"exponent {p:g}" for p in rules.EXPONENTS)]
         reference = self.judge.reference(size)
         return min(
-            candidates,
+            rules.CANDIDATES,
             key=lambda rule: reference.distance(self.features(size, rule, progress)[self.first_half]),
         )
 
 
-def cells(subject: Subject, sizes: list[Size], what: Collection[str]) -> Iterator[Cell]:
-    """All cells of what is asked for, in the order in which they are done.
+def cells(subject: Subject, sizes: list[Size], what: Collection[str], scales: Collection[str]) -> Iterator[Cell]:
+    """All cells of what is asked for, in the order in which they are done; `scales` are among rules.RULES.
 
     At the trained size, where the rules are the same, the control takes their place. Time and memory go with the
     distances of the ways that are compared.
     """
     for size in sizes:
         compared = {kind: way for kind, way in ways_beside(subject, size).items() if kind in what}
-        scales = rules.RULES if size != subject.train_size else (rules.ORIGINAL, *rules.CONTROLS)
+        compared_scales = scales if size != subject.train_size else (rules.ORIGINAL, *rules.CONTROLS)
         beside = (rules.ORIGINAL, rules.PAPER, *compared.values()) if compared else ()
         for kind in (FID, CLIP_SCORE):
-            chosen = (*scales, *compared.values()) if kind in what else beside if kind == FID else ()
+            chosen = (*compared_scales, *compared.values()) if kind in what else beside if kind == FID else ()
             yield from ((kind, size, rule) for rule in chosen)
         for kind, way in compared.items():
             yield from ((kind, size, rule) for rule in (rules.ORIGINAL, rules.PAPER, way))
@@ -176,17 +175,17 @@ def key_of(row: Row) -> Cell:
     return row["kind"], (row["width"], row["height"]), row["rule"]
 
 
-def work(run: Run, sizes: list[Size], what: Collection[str], rows: Rows) -> None:
+def work(run: Run, sizes: list[Size], what: Collection[str], scales: Collection[str], rows: Rows) -> None:
     """Do what is asked for and not among the rows yet; a row is written as soon as it is there."""
     done = {key_of(row) for row in rows.rows}
-    planned = [cell for cell in cells(run.subject, sizes, what) if cell not in done]
+    planned = [cell for cell in cells(run.subject, sizes, what, scales) if cell not in done]
     judged = [cell for cell in planned if cell[0] in (FID, CLIP_SCORE)]
     run.judge.prepare({kind for kind, _, _ in judged})  # what is wrong with it is said before any image is drawn
     images = sum(len(run.folder(*cell).missing(run.numbers)) for cell in {cell[1:] for cell in judged})
     with tqdm(total=images, desc="images", unit="image") as progress:
         for cell in judged:
             rows.add(run.judged(*cell, progress))
-        for size in sizes if FID in what else ():
+        for size in sizes if FID in what and set(rules.CANDIDATES) <= set(scales) else ():
             if size != run.subject.train_size and not any(key[:2] == (CHOSEN, size) for key in done):
                 rule = run.chosen_exponent(size, progress)
                 rows.add(row_of(CHOSEN, size, rule))
