@@ -50,7 +50,8 @@ class Case(NamedTuple):
 
 def measure(case: Case) -> dict[str, Any]:
     """A row of the report."""
-    tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim, case.entropy)
+    masked = "mask" in MASKS[case.mask]
+    tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim, case.entropy, masked)
     row = {**case._asdict(), "status": STATUS, "tile": dataclasses.asdict(tile)}
     try:
         kernel = aot.compile_kernel(

@@ -50,7 +50,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     if backend == "triton":
         from entropy_attn.backends.triton import tile_for
 
-        tile = tile_for(query, value, given["return_entropy"])
+        tile = tile_for(query, value, given["return_entropy"], given["attn_mask"] is not None)
     scale, train_tokens, num_tokens = (given[name] for name in ("scale", "train_tokens", "num_tokens"))
     if isinstance(scale, torch.Tensor):
         scale = None

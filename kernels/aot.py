@@ -59,7 +59,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """The binary that a launch with such arguments would run, for aligned tensors and a mask contiguous in its keys."""
     value_dim = value_dim or head_dim
-    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim), entropy)
+    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim), entropy, mask != "none")
     constants = tiles.constexprs(
         architecture, dtype, head_dim, value_dim, tile,
         is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, wide=wide,
@@ -134,7 +134,7 @@ def main() -> None:
         for dtype in arguments.dtype:
             for head_dim in arguments.head_dim:
                 for entropy in (False, True):
-                    tile = tiles.find_tile(architecture, dtype, head_dim, entropy)
+                    tile = tiles.find_tile(architecture, dtype, head_dim, entropy, arguments.mask != "none")
                     kernel = compile_kernel(
                         architecture, dtype, head_dim, entropy=entropy, tile=tile, is_causal=arguments.causal,
                         mask=arguments.mask, mask_rows=arguments.mask_rows,

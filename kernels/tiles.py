@@ -58,8 +58,8 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
         16: {
             16: Tile(128, 64, 4, 2), 32: Tile(128, 64, 4, 3, spills=16), 40: Tile(64, 64, 2, 2, spills=8),
             64: Tile(128, 64, 4, 2), 80: Tile(128, 64, 4, 2, spills=16), 96: Tile(128, 32, 4, 2, spills=8),
-            128: Tile(128, 32, 4, 2, spills=8, edge_n=16, lane_sums=True), 192: Tile(128, 64, 8, 2, spills=40),
-            256: Tile(64, 32, 8, 1), 512: Tile(64, 16, 8, 1),
+            128: Tile(128, 32, 4, 3, spills=40), 192: Tile(128, 64, 8, 2, spills=40), 256: Tile(64, 32, 8, 1),
+            512: Tile(64, 16, 8, 1),
         },
         32: {
             64: Tile(64, 16, 4, 2, spills=16), 96: Tile(64, 16, 8, 2, spills=24), 128: Tile(32, 16, 4, 2, spills=8),
@@ -131,8 +131,13 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }  # fmt: skip
 
-# Rows of the table that differ where the entropy is asked for.
-WITH_ENTROPY: dict[str, dict[int, dict[int, Tile]]] = {"sm_80": {16: {64: Tile(256, 64, 8, 2, spills=8)}}}
+# Rows of the table that differ where the entropy is asked for, or there is a mask: both need registers.
+WITH_ENTROPY: dict[str, dict[int, dict[int, Tile]]] = {
+    "sm_80": {16: {64: Tile(256, 64, 8, 2, spills=8), 128: Tile(128, 32, 4, 3, edge_n=16, lane_sums=True)}}
+}
+WITH_MASK: dict[str, dict[int, dict[int, Tile]]] = {
+    "sm_80": {16: {128: Tile(128, 32, 4, 2, spills=168, edge_n=16, lane_sums=True)}}
+}
 
 
 _override: Tile | None = None
@@ -164,21 +169,22 @@ def override(tile: Tile) -> Iterator[None]:
         reload()
 
 
-def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False) -> Tile:
+def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False, mask: bool = False) -> Tile:
     """The tile for an architecture ("sm_80", "gfx942"), a dtype ("float16") and the larger of the two head dims."""
     if _override is not None:
         return _override
-    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy)
+    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy, mask)
 
 
 @cached
-def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool) -> Tile:
+def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool, mask: bool) -> Tile:
     rows = _overrides(path).get(architecture, {}).get(dtype, {})
     if not any(largest >= head_dim for largest in rows):
         architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
-        rows = TABLE[architecture][bits]
-        if entropy:
-            rows = rows | WITH_ENTROPY.get(architecture, {}).get(bits, {})
+        rows = dict(TABLE[architecture][bits])
+        for applies, special in ((entropy, WITH_ENTROPY), (mask, WITH_MASK)):
+            if applies:
+                rows |= special.get(architecture, {}).get(bits, {})
     return rows[min(largest for largest in rows if largest >= head_dim)]
 
 

@@ -28,7 +28,7 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
         query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     device = query.device
     gpu = _gpu(device)
-    tile = _tile(device, query.dtype, max(D, Dv), return_entropy)
+    tile = _tile(device, query.dtype, max(D, Dv), return_entropy, attn_mask is not None)
     programs = B * H * -(-Nq // tile.block_m)
     splits = split.key_splits(programs, Nk, tile, gpu.processors)
     grid: tuple[int, ...] = (programs,)
@@ -107,14 +107,14 @@ def _constants(
     return constants | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
-def tile_for(query: torch.Tensor, value: torch.Tensor, return_entropy: bool) -> tiles.Tile:
+def tile_for(query: torch.Tensor, value: torch.Tensor, return_entropy: bool, masked: bool) -> tiles.Tile:
     """The tile these tensors are run with on their device."""
-    return _tile(query.device, query.dtype, max(query.shape[3], value.shape[3]), return_entropy)
+    return _tile(query.device, query.dtype, max(query.shape[3], value.shape[3]), return_entropy, masked)
 
 
 @tiles.cached
-def _tile(device, dtype, head_dim, return_entropy) -> tiles.Tile:
-    return tiles.find_tile(_gpu(device).architecture, TRITON_DTYPES[dtype], head_dim, return_entropy)
+def _tile(device, dtype, head_dim, return_entropy, masked) -> tiles.Tile:
+    return tiles.find_tile(_gpu(device).architecture, TRITON_DTYPES[dtype], head_dim, return_entropy, masked)
 
 
 class _Gpu(NamedTuple):
