@@ -23,7 +23,7 @@ def around(tile: Tile) -> list[Tile]:
     grid = [
         dataclasses.replace(
             tile, block_m=int(tile.block_m * m), block_n=int(tile.block_n * n), num_warps=int(tile.num_warps * w),
-            num_stages=tile.num_stages + stages, spills=0,
+            num_stages=tile.num_stages + stages, spills=0, edge_n=min(tile.edge_n, int(tile.block_n * n)),
         )
         for m, n, w, stages in factors
     ]  # fmt: skip
