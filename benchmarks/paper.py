@@ -128,7 +128,7 @@ def main() -> None:
     try:
         run = open_run(arguments)
         what = wanted(run.subject, arguments.what)
-        about = {name: getattr(arguments, name) for name in ("model", "num", "seed", "references", "clip")}
+        about = {name: getattr(arguments, name) for name in ("model", "num", "seed", "references", "clip", "inception")}
         with Rows(run.out / "results.jsonl", arguments.device, **about) as rows:
             scales = [rule for rule in rules.RULES if rule in (rules.ORIGINAL, *arguments.scales)]
             work(run, arguments.sizes or list(run.subject.sizes), what, scales, rows)

@@ -1,7 +1,10 @@
 """The embedded glyph pipeline: drawing, reading, training that goes on, and the pipeline under `enable`."""
 
 import argparse
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +203,34 @@ def test_it_is_saved_and_loaded(glyphs, shipped, tmp_path):
 def test_the_pipeline_refuses(shipped, wrong, said):
     with pytest.raises(ValueError, match=said):
         shipped(**({"labels": [1]} | wrong))
+
+
+def test_a_design_is_measured_and_compared(tmp_path):
+    """By the commands that compare.py names, on the shipped weights."""
+
+    def script(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    folder = tmp_path / "levels"
+    shutil.copytree(BENCHMARKS / "glyphs" / "model", folder)
+    (folder / "training.json").write_text(json.dumps({"design": "levels", "steps": 5000, "batch": 48}))
+    script(BENCHMARKS / "glyphs" / "attention.py", folder)
+    rows = json.loads((folder / "attention.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows].count(144) == 3
+    assert [row["tokens"] for row in rows].count(36) == 4
+    assert all(0 < row["entropy"] < math.log(row["tokens"]) for row in rows)
+    assert sum(row["half_variance"] for row in rows) / len(rows) > 1  # peaked, as it is meant to be
+    script(
+        BENCHMARKS / "paper.py", "--what", "fid", "clip", "--num", 40, "--steps", 1, "--sizes", "16x16", "24x24",
+        "--scales", "paper", "--folder", folder, "--out", folder,
+    )  # fmt: skip
+    lines = script(BENCHMARKS / "glyphs" / "compare.py", folder).splitlines()
+    assert sum(line.startswith("| levels, 5000 x 48 | 2.76 | 3 x 144, 4 x 36 |") for line in lines) == 1
+    [small] = [line for line in lines if line.startswith("| levels, 5000 x 48 | 16 x 16 |")]
+    assert [len(cell.split(" / ")) for cell in small.strip("|").split("|")[2:4]] == [2, 2]
 
 
 def test_frechet_distance_of_known_normals(glyphs):

@@ -4,8 +4,11 @@ import importlib
 import importlib.util
 import json
 import math
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +156,27 @@ def test_seeds_are_the_images_numbers(tmp_path):
     for name in names[0][20:22]:  # drawn in other batches, so equal up to rounding
         first, second = (np.array(Image.open(folder / name)).astype(int) for folder in folders)
         assert abs(first - second).max() <= 1
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    arguments = ("--num", 40, "--batch", 10, "--steps", 2, "--sizes", "32x32", "--what", "clip", "--out", tmp_path)
+    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if len(list(tmp_path.rglob("*.png"))) >= 50 or running.poll() is not None:
+            break
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=100)
+    assert running.returncode == 130, said
+    assert re.search(r"interrupted: (no row was finished|\d+ rows are in .*results\.jsonl)", said)
+    drawn = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    assert 50 <= len(drawn) < 7 * 40
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert all(file.stat().st_mtime_ns == then for file, then in drawn.items())
+    assert len(list(tmp_path.rglob("0*.png"))) == 7 * 40
+    assert len(rows_in(tmp_path / "glyphs" / "results.jsonl")) == 7
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
