@@ -36,6 +36,11 @@ def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def run_here(evaluation, monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["paper.py", *map(str, arguments)])
+    evaluation("paper").main()
+
+
 def test_an_interrupted_folder_goes_on(evaluation, tmp_path):
     images = evaluation("evaluation.images")
     folder, drawn = images.ImageFolder(tmp_path / "cell"), []
@@ -138,18 +143,17 @@ def test_what_is_not_asked_for_is_not_needed(evaluation, monkeypatch, tmp_path):
     """Entropy takes no judge, and a distance no score."""
     judges = evaluation("evaluation.judges")
     monkeypatch.setattr(judges.recogniser, "load", lambda: pytest.fail("not needed"))
-    monkeypatch.setattr(sys, "argv", [
-        "paper.py", "--what", "entropy", "--num", "40", "--steps", "1", "--sizes", "16x16", "--out", str(tmp_path),
-    ])  # fmt: skip
-    evaluation("paper").main()
+    entropy = ("--what", "entropy", "--num", 40, "--steps", 1, "--sizes", "16x16", "--out", tmp_path)
+    run_here(evaluation, monkeypatch, *entropy)
     assert {row["kind"] for row in rows_in(tmp_path / "glyphs" / "results.jsonl")} == {"entropy"}
 
 
-def test_seeds_are_the_images_numbers(tmp_path):
+def test_seeds_are_the_images_numbers(evaluation, monkeypatch, tmp_path):
     for seed in (0, 20):
-        shared = ("--num", 40, "--steps", 1, "--sizes", "16x16", "--what", "clip", "--out", tmp_path / str(seed))
-        done = run(*shared, "--seed", seed)
-        assert done.returncode == 0, done.stderr
+        run_here(
+            evaluation, monkeypatch, "--num", 40, "--steps", 1, "--sizes", "16x16", "--what", "clip", "--scales",
+            "paper", "--seed", seed, "--out", tmp_path / str(seed),
+        )  # fmt: skip
     folders = [tmp_path / seed / "glyphs" / "16x16" / "original" for seed in ("0", "20")]
     names = [sorted(file.name for file in folder.glob("*.png")) for folder in folders]
     assert names[0][20:] == names[1][:20]
@@ -158,7 +162,7 @@ def test_seeds_are_the_images_numbers(tmp_path):
         assert abs(first - second).max() <= 1
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
+def test_an_interrupted_run_goes_on(evaluation, monkeypatch, tmp_path):
     arguments = ("--num", 40, "--batch", 10, "--steps", 2, "--sizes", "32x32", "--what", "clip", "--out", tmp_path)
     command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -172,32 +176,43 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert re.search(r"interrupted: (no row was finished|\d+ rows are in .*results\.jsonl)", said)
     drawn = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
     assert 50 <= len(drawn) < 7 * 40
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
+    run_here(evaluation, monkeypatch, *arguments)
     assert all(file.stat().st_mtime_ns == then for file, then in drawn.items())
     assert len(list(tmp_path.rglob("0*.png"))) == 7 * 40
     assert len(rows_in(tmp_path / "glyphs" / "results.jsonl")) == 7
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
-def test_a_full_disk_loses_nothing(tmp_path):
+def test_a_full_disk_loses_nothing(evaluation, monkeypatch, tmp_path):
     """The system refuses to write more than some bytes into a file; with room the same command goes on."""
     import resource
 
     def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # images fit, the rows do not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # images fit, the rows do not
 
-    arguments = ("--num", 40, "--steps", 1, "--sizes", "16x16", "--what", "clip", "--out", tmp_path)
+    arguments = (
+        "--num",
+        40,
+        "--steps",
+        1,
+        "--sizes",
+        "16x16",
+        "--what",
+        "clip",
+        "--scales",
+        "paper",
+        "--out",
+        tmp_path,
+    )
     command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
     full = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limited)
     assert full.returncode == 2
     assert "paper.py: [Errno 27] File too large" in full.stderr
     drawn = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
-    assert len(drawn) == 7 * 40
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
+    assert len(drawn) == 2 * 40
+    run_here(evaluation, monkeypatch, *arguments)
     assert all(file.stat().st_mtime_ns == then for file, then in drawn.items())
-    assert len(rows_in(tmp_path / "glyphs" / "results.jsonl")) == 7
+    assert len(rows_in(tmp_path / "glyphs" / "results.jsonl")) == 2
 
 
 def test_out_of_memory_is_said(evaluation, monkeypatch, capsys, tmp_path):
