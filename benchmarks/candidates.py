@@ -97,10 +97,7 @@ def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) 
     before = whole.setdefault(architecture, {}).get(dtype, {})
     whole[architecture][dtype] = {str(d): parameters(t) for d, t in rows.items()}
     whole[architecture][dtype] |= {d: t for d, t in before.items() if int(d) > served[-1]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(whole, indent=1) + "\n")
-    os.replace(part, path)  # an interruption leaves the old file or the new one
+    harness.write_whole(path, json.dumps(whole, indent=1) + "\n")
     read(path)
 
 

@@ -186,6 +186,14 @@ def peak_memory(way: Callable[[], Any], device: str = "cpu") -> float:
     return peak / 2**20
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or an interruption, sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 class Record:
     """The rows of a run, in a JSON file {"machine": ..., "rows": [...]} that is rewritten after every row.
 
@@ -200,9 +208,7 @@ class Record:
 
     def add(self, *rows: dict[str, Any]) -> None:
         all_rows = [*self.rows, *rows]
-        part = self.path.with_name(f"{self.path.name}.part")
-        part.write_text(json.dumps({"machine": self.machine, "rows": all_rows}, indent=1) + "\n")
-        os.replace(part, self.path)  # a reader, or an interruption, sees the old file or the new one
+        write_whole(self.path, json.dumps({"machine": self.machine, "rows": all_rows}, indent=1) + "\n")
         self.rows = all_rows
 
     def __enter__(self) -> Record:

@@ -25,9 +25,8 @@ class Rows(harness.Record):
         else:
             self.rows = kept[1:]
         lines = [self.machine, *self.rows]
-        part = self.path.with_suffix(".part")  # written anew, since the last line may be torn
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        part.replace(self.path)
+        # Written anew, since the last line may be torn.
+        harness.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, *rows: dict[str, Any]) -> None:
         with self.path.open("a") as file:

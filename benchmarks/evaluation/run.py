@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from tqdm import tqdm
 
@@ -44,8 +45,7 @@ class Run:
         now = json.loads(json.dumps(settings | {"weights": self.subject.fingerprint()}))  # as a file gives it back
         path = self.out / "settings.json"
         if not path.exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(now, indent=1) + "\n")
+            harness.write_whole(path, json.dumps(now, indent=1) + "\n")
             return
         then = json.loads(path.read_text())
         changed = [name for name in now if now[name] != then.get(name)]

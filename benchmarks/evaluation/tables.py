@@ -14,8 +14,8 @@ from evaluation.subjects import Size, Subject
 Row = dict[str, Any]
 
 
-def size_of(row: Row) -> str:
-    return f"{row['width']} x {row['height']}"
+def text_of(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def interval(row: Row | None, digits: int) -> str:
@@ -52,7 +52,7 @@ def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[S
             header.append(f"the paper's {name}")
     lines = []
     for size, rule in cells:
-        line = [f"{size[0]} x {size[1]}", rule]
+        line = [text_of(size), rule]
         for kind, (_, digits) in kinds.items():
             row = found.get((kind, size, rule))
             line += [interval(row, digits), change(row, digits)]
@@ -75,7 +75,7 @@ def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
         paper = known.get(size, {}).get(rule)
         low, high = row["seconds_quartiles"]
         lines.append([
-            size_of(row), rule, interval(found.get((FID, size, rule)), 1),
+            text_of(size), rule, interval(found.get((FID, size, rule)), 1),
             f"{row['seconds']:.3f} ({low:.3f} to {high:.3f})", f"{row['peak_mib']:.1f}",
             *([", ".join(map(str, paper)) if paper else ""] if subject.family == "sd" else []),
         ])  # fmt: skip
@@ -85,15 +85,15 @@ def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
 def entropies(rows: list[Row]) -> str:
     """Mean entropy of the layers at each number of tokens."""
     lines = []
-    for width, height in dict.fromkeys((row["width"], row["height"]) for row in rows):
+    for size in dict.fromkeys((row["width"], row["height"]) for row in rows):
         for rule in dict.fromkeys(row["rule"] for row in rows):
-            of = [row for row in rows if (row["width"], row["height"], row["rule"]) == (width, height, rule)]
+            of = [row for row in rows if (row["width"], row["height"], row["rule"]) == (*size, rule)]
             by_train: dict[int, list[Row]] = {}
             for row in of:
                 by_train.setdefault(row["train_tokens"], []).append(row)
             for T, level in sorted(by_train.items(), reverse=True):
                 mean = sum(row["entropy"] for row in level) / len(level)
-                lines.append([f"{width} x {height}", rule, str(T), str(level[0]["tokens"]), f"{mean:.3f}"])
+                lines.append([text_of(size), rule, str(T), str(level[0]["tokens"]), f"{mean:.3f}"])
     return harness.markdown(["width x height", "scale", "T", "N", "mean entropy (nats)"], lines)
 
 
