@@ -1,14 +1,18 @@
 """The CPU backend against PyTorch's SDPA: plain, with entropy, and the textbook way to entropy that holds every score.
 
 The ways of one case run in turn, round by round (see harness.py); what is reported are medians, and ratios to SDPA of
-the same rounds.
+the same rounds. With --busy other processes keep every core busy meanwhile, SDPA's rounds included.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import statistics
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,30 @@ from entropy_attn import attention
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 COLOURS = {"ours": "tab:blue", "ours with entropy": "tab:red", "textbook entropy": "tab:grey"}
 HELD_SCORES = 1 << 28  # beyond as many the textbook is left out
+# Arithmetic until its parent is gone, so that no end of this script leaves it running.
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))"
+
+
+def cores() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many other processes compute meanwhile."""
+    running: list[subprocess.Popen] = []
+    try:
+        for _ in range(processes):  # in sessions of their own: Ctrl-C is for this script, which ends them
+            running.append(subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True))
+        yield
+        ended = sum(process.poll() is not None for process in running)
+        if ended:
+            raise RuntimeError(f"{ended} of the {processes} busy processes ended early: the ratios are not under load")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def measure(dtype: str, N: int, heads: int, head_dim: int, rounds: int) -> dict[str, Any]:
@@ -83,16 +111,23 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[40, 64, 128])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--busy", action="store_true", help="while as many processes as cores keep them busy")
     parser.add_argument("--out", type=Path, default=Path("build/cpu.json"), help="default: %(default)s")
     arguments = parser.parse_args()
     cases = [(dtype, D, N) for dtype in arguments.dtypes for D in arguments.head_dims for N in arguments.tokens]
-    with harness.Record(arguments.out, "cpu", rounds=arguments.rounds) as record:
+    others = cores() if arguments.busy else 0
+    record = harness.Record(arguments.out, "cpu", rounds=arguments.rounds, busy_processes=others)
+    print(harness.describe(record.machine), file=sys.stderr)
+    with record, busy(others):
         for dtype, D, N in (progress := tqdm(cases, file=sys.stderr)):
             progress.set_description(f"{dtype} D = {D} N = {N}")
             record.add(measure(dtype, N, arguments.heads, D, arguments.rounds))
     picture = arguments.out.with_suffix(".png")
     draw(record.rows, record.machine, picture)
-    markdown = harness.write_tables(arguments.out, record.machine, f"{arguments.rounds} rounds\n\n{table(record.rows)}")
+    told = f"{arguments.rounds} rounds"
+    if arguments.busy:
+        told += f", with {others} other processes on {cores()} cores"
+    markdown = harness.write_tables(arguments.out, record.machine, f"{told}\n\n{table(record.rows)}")
     print(f"wrote {arguments.out}, {markdown}, {picture}", file=sys.stderr)
 
 
