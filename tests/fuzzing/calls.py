@@ -1,0 +1,314 @@
+"""A call of `attention` as a description: what is drawn at random, and made simpler where the call fails."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from entropy_attn.kernels.tiles import HEAD_DIMS
+
+T = TypeVar("T")
+LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1e300}
+# Around the edges of blocks, and what lies between them.
+LENGTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 300)
+CPU_HEAD_DIMS = (1, 2, 3, 4, 7, 8, 15, 16, 17, 24, 31, 32, 40, 63, 64, 65, 72, 80, 96, 128, 129, 160)
+MULTIPLY_ADDS = 1.5e7  # of a call at most, to get through many calls
+PROGRAMS = 4  # of a call in Triton's interpreter at most
+FORWARDS = (0, 1, 2, 3)  # the axes (B, H, N, D) in their order
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a tensor with the axes (B, H, N, D) lies in memory."""
+
+    order: tuple[int, ...] = FORWARDS  # its axes, from the farthest apart to the nearest
+    expand: tuple[int, ...] = ()  # axes with stride 0
+    steps: tuple[int, ...] = (1, 1, 1, 1)  # every how many elements of each axis of a larger tensor
+    skipped: tuple[int, ...] = (0, 0, 0, 0)  # and how many of them come first
+    offset: int = 0  # elements before it in its storage
+    flip: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One of query, key and value."""
+
+    kind: str = "normal"  # or "offset", "constant", "whole"
+    size: float = 1.0
+    memory: Memory = Memory()
+    dtype: str = ""  # where autocast allows another one than the call's
+
+
+@dataclass(frozen=True)
+class Mask:
+    dtype: str = "bool"
+    axes: int = 2
+    full: tuple[bool, ...] = (False, False, True, True)  # which of B, H, Nq, Nk it has; the others are 1
+    hidden: bool = True  # a part of the entries, anywhere
+    rows: bool = False  # every third query sees no key
+    columns: bool = False  # every third key is seen by no query
+    everything: bool = False
+    lowest: bool = False  # a part of the entries, and every fourth query's, is the dtype's lowest number
+    size: float = 1.0  # of the numbers in it
+    memory: Memory = Memory()
+
+
+@dataclass(frozen=True)
+class Scale:
+    kind: str = "none"  # or "float", "int", "np.float32", "np.float64", "()", "(B,)", "(B, H)", "rule"
+    size: float = 1.0
+    dtype: str = "float32"  # of a tensor
+    # The rule: T, N (0: not given) and H_T.
+    train_tokens: int = 64
+    num_tokens: int = 0
+    train_entropy: float = 0.0
+    integer: str = ""  # or "np.int64"
+
+
+@dataclass(frozen=True)
+class Call:
+    seed: int
+    backend: str = "cpu"
+    device: str = "cpu"
+    dtype: str = "float32"
+    B: int = 1
+    Hkv: int = 1
+    group: int = 1  # H / Hkv
+    Nq: int = 1
+    Nk: int = 1
+    D: int = 1
+    Dv: int = 1
+    query: Tensor = Tensor()
+    key: Tensor = Tensor()
+    value: Tensor = Tensor()
+    layout: str = "bhnd"
+    causal: str = ""  # or "is_causal", "causal_upper_left", "causal_lower_right"
+    mask: Mask | None = None
+    scale: Scale = Scale()
+    flags: tuple[bool, bool] = (False, False)  # return_entropy, return_lse
+    other_flags: tuple[bool, bool] = (True, True)  # of a second call, whose answer must be as right
+    gqa: bool = False  # enable_gqa where it is not needed
+    grad: str = "no_grad"  # or "enable_grad", "inference_mode"
+    requires_grad: bool = False  # the query
+    parameter: bool = False  # key is a torch.nn.Parameter
+    autocast: bool = False
+    poison: str = ""  # "nan", "inf" or "-inf" in the keys and values that no query sees
+    nan_key: bool = False  # one key, seen by some queries or by all
+    nan_query: bool = False  # one element of one row
+    broken: str = field(default="", metadata={"fixed": True})  # what is wrong with the call, see `broken.py`
+
+    @property
+    def heads(self) -> int:
+        return self.Hkv * self.group
+
+    def shape(self, name: str) -> tuple[int, int, int, int]:
+        """(B, H, N, D) of query, key or value, whatever the layout."""
+        heads, tokens = (self.heads, self.Nq) if name == "query" else (self.Hkv, self.Nk)
+        return self.B, heads, tokens, self.Dv if name == "value" else self.D
+
+    def mask_shape(self) -> tuple[int, int, int, int]:
+        """Of the mask with all four axes, expanded ones included."""
+        assert self.mask is not None
+        sizes = (self.B, self.heads, self.Nq, self.Nk)
+        return tuple(n if self.mask.full[a] and a >= 4 - self.mask.axes else 1 for a, n in enumerate(sizes))  # type: ignore[return-value]
+
+
+def is_sound(call: Call) -> bool:
+    """Whether the description means something: a valid call, but for what `broken` names."""
+    if call.backend == "triton" and (
+        call.dtype == "float64" or call.D not in HEAD_DIMS or call.Dv not in HEAD_DIMS
+    ):  # fmt: skip
+        return False
+    if call.causal and call.mask:
+        return False
+    if call.requires_grad and call.grad == "enable_grad":
+        return False
+    planted = [x.memory for x in (call.key, call.value, call.mask) if x is not None]
+    if (call.poison or call.nan_key) and any(memory.expand or memory.flip for memory in planted):
+        return False
+    if call.poison and not (call.mask or call.causal in ("is_causal", "causal_upper_left")):
+        return False
+    if min(call.B, call.Hkv, call.group, call.Nq, call.Nk) == 0 and (call.poison or call.nan_key or call.nan_query):
+        return False
+    if call.autocast and call.device != "cpu":
+        return False
+    if any(x.dtype for x in (call.query, call.key, call.value)) and not (call.autocast and call.dtype != "float64"):
+        return False
+    return _mask_is_sound(call) and _numbers_are_sound(call)
+
+
+def _mask_is_sound(call: Call) -> bool:
+    if call.mask is None:
+        return True
+    if call.autocast and call.dtype == "float64" and call.mask.dtype == "float32":
+        return False
+    if call.mask.dtype == "bool" and (call.mask.lowest or call.mask.size != 1):
+        return False
+    return call.mask.dtype in ("bool", "float32", call.dtype)
+
+
+def _numbers_are_sound(call: Call) -> bool:
+    """Whether every product that leads to a logit is finite in float32, in whichever order they are multiplied."""
+    rule = call.scale
+    if rule.kind == "rule":
+        N = rule.num_tokens or call.Nk
+        if min(N, rule.train_tokens) < 2 or rule.train_entropy >= 0.9 * math.log(min(N, rule.train_tokens)):
+            return False
+    if rule.dtype == "float64" and call.dtype != "float64":
+        return False
+    query, key = (largest(x, call.dtype) for x in (call.query, call.key))
+    product = call.D * query * key
+    scale = abs(rule.size) * (6 if "(" in rule.kind else 1) if rule.kind not in ("none", "rule") else 10.0
+    most = 1e28 if call.mask is not None and call.mask.lowest else 1e36
+    if scale > 3.4e38 or max(product, query * scale) > 1e37 or product * scale > most:
+        return False
+    return largest(call.value, call.dtype) < 1e28
+
+
+def largest(tensor: Tensor, dtype: str) -> float:
+    """No element of the tensor is larger, as good as surely."""
+    most = {"constant": abs(tensor.size), "offset": abs(tensor.size) + 6}.get(tensor.kind, 6 * abs(tensor.size))
+    return min(most, LARGEST[dtype])
+
+
+def draw(seed: int, index: int, backend: str = "cpu", device: str = "cpu", broken: Sequence[str] = ()) -> Call:
+    """Call number `index` of `seed`: always the same. One in four is broken in one of the ways named."""
+    from fuzzing.broken import WAYS
+
+    r = random.Random(f"{seed}/{index}/{backend}")
+    way = r.choice(broken) if broken and r.random() < 0.25 else ""
+    for _ in range(1000):
+        call = _draw(r, backend, device)
+        if way:
+            grad = "enable_grad" if "grad" in way else call.grad
+            call = replace(call, autocast=False, requires_grad=False, grad=grad, broken=way)
+        if is_sound(call) and _is_small(call) and (not way or WAYS[way].applies(call)):
+            return call
+    raise AssertionError(f"no call can be drawn that is broken so: {way}")
+
+
+def _is_small(call: Call) -> bool:
+    if call.backend == "triton" and call.device == "cpu":
+        blocks = max(call.Nq // 64, 1)
+        return call.B * call.heads * blocks <= PROGRAMS and call.Nk * max(call.D, call.Dv) <= 20000
+    return call.B * call.heads * max(1, call.Nq) * max(1, call.Nk) * (call.D + call.Dv) <= MULTIPLY_ADDS
+
+
+def _draw(r: random.Random, backend: str, device: str) -> Call:
+    triton = backend == "triton"
+    dtypes = ["float32", "float16", "bfloat16"] + ([] if triton else ["float64"])
+    dtype = r.choice(dtypes)
+    lengths = tuple(n for n in LENGTHS if n < 140 or not triton or device != "cpu")
+    head_dims: tuple[int, ...] = HEAD_DIMS if triton else CPU_HEAD_DIMS
+    if triton and device == "cpu":
+        head_dims = tuple(d for d in head_dims for _ in range(1 + 4 * (d <= 80)))
+    D = r.choice(head_dims)
+    hiding = r.choices(("", "mask", "is_causal", "bias"), (4, 5, 2, 1))[0]
+    autocast = not triton and r.random() < 0.1
+    mask = _draw_mask(r, dtype) if hiding == "mask" else None
+    bias = r.choice(("causal_upper_left", "causal_lower_right"))
+    grad = r.choice(("no_grad", "enable_grad", "inference_mode"))
+    flags = [(False, False), (True, False), (False, True), (True, True)]
+    r.shuffle(flags)
+    query, key, value = (_draw_tensor(r, dtype, autocast) for _ in range(3))
+    return Call(
+        seed=r.randrange(1000),
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        B=_rarely(r, 0.03, 0, r.choice((1, 2, 3))),
+        Hkv=_rarely(r, 0.02, 0, r.choice((1, 2, 3, 4))),
+        group=_rarely(r, 0.7, 1, r.choice((2, 3, 4))),
+        Nq=_rarely(r, 0.03, 0, r.choice(lengths)),
+        Nk=_rarely(r, 0.04, 0, r.choice(lengths)),
+        D=D,
+        Dv=_rarely(r, 0.6, D, r.choice(head_dims)),
+        query=query,
+        key=key,
+        value=replace(value, kind="normal", size=_draw_value_size(r, dtype)),
+        layout=r.choice(("bhnd", "bhnd", "bnhd")),
+        causal={"is_causal": "is_causal", "bias": bias}.get(hiding, ""),
+        mask=mask,
+        scale=_draw_scale(r, dtype),
+        flags=flags[0],
+        other_flags=flags[1],
+        gqa=r.random() < 0.2,
+        grad=grad,
+        requires_grad=r.random() < 0.1,
+        parameter=r.random() < 0.1,
+        autocast=autocast,
+        poison=r.choices(("", "nan", "inf", "-inf"), (6, 2, 1, 1))[0],
+        nan_key=r.random() < 0.05,
+        nan_query=r.random() < 0.05,
+    )
+
+
+def _rarely(r: random.Random, share: float, one: T, other: T) -> T:
+    return one if r.random() < share else other
+
+
+def _draw_memory(r: random.Random) -> Memory:
+    kind = r.choice(("plain", "plain", "order", "channels last", "expand", "cut", "offset", "fused", "anything"))
+    order = tuple(r.sample(FORWARDS, 4))
+    expand = tuple(sorted(r.sample(FORWARDS, r.choice((1, 1, 2)))))
+    steps, skipped = ((r.choice((1, 1, 2, 3)),) * 4, tuple(r.choice((0, 0, 1, 3)) for _ in FORWARDS))
+    flip = (r.choice(FORWARDS),)
+    return {
+        "plain": Memory(),
+        "order": Memory(order=order),
+        "channels last": Memory(order=(0, 2, 3, 1)),
+        "expand": Memory(expand=expand, order=_rarely(r, 0.5, order, FORWARDS)),
+        "cut": Memory(steps=tuple(r.choice((s, 1)) for s in steps), skipped=skipped),
+        "offset": Memory(offset=r.choice((1, 2, 3, 5))),
+        "fused": Memory(order=(0, 2, 1, 3), steps=(1, 1, 3, 1), skipped=(0, 0, 1, 0)),
+        "anything": Memory(order, _rarely(r, 0.8, (), expand), steps, skipped, r.choice((0, 1)), flip),
+    }[kind]
+
+
+def _draw_tensor(r: random.Random, dtype: str, autocast: bool) -> Tensor:
+    kind = r.choices(("normal", "whole", "offset", "constant"), (7, 1, 1, 1))[0]
+    sizes = (1.0, 1.0, 1.0, 1.0, 0.5, 3.0, 0.0, 1e-3, 30.0, 300.0, 1e4, 65504.0)
+    large = (133120.0, 1e10, 1e15, 1e18, -1e5, 1e-30, 1e-20, 1e-10)
+    size = r.choice(sizes if dtype == "float16" or r.random() < 0.8 else large)
+    return Tensor(kind, size, _draw_memory(r), "bfloat16" if autocast and r.random() < 0.2 else "")
+
+
+def _draw_value_size(r: random.Random, dtype: str) -> float:
+    if r.random() < 0.7:
+        return 1.0
+    return r.choice((1e-7, 1e-4, 1e3, 1e4) if dtype == "float16" else (1e-30, 1e-20, 1e-5, 1e5, 1e20, 1e26))
+
+
+def _draw_mask(r: random.Random, dtype: str) -> Mask:
+    kind = r.choice(("bool", "float32", dtype))
+    some = lambda share: r.random() < share  # noqa: E731
+    return Mask(
+        dtype=kind,
+        axes=r.choice((2, 3, 4, 4)),
+        full=tuple(some(0.6) for _ in FORWARDS),
+        hidden=some(0.8),
+        rows=some(0.2),
+        columns=some(0.4),
+        everything=some(0.04),
+        lowest=kind != "bool" and some(0.2),
+        size=1.0 if kind == "bool" else r.choice((0.0, 1.0, 10.0, 1e4)),
+        memory=_draw_memory(r),
+    )
+
+
+def _draw_scale(r: random.Random, dtype: str) -> Scale:
+    kind = r.choices(
+        ("none", "float", "int", "np.float32", "np.float64", "()", "(B,)", "(B, H)", "rule"),
+        (6, 6, 1, 1, 1, 2, 2, 3, 6),
+    )[0]
+    size = r.choice((0.125, 0.1, 0.3, 1.0, 2.0, 0.0, -0.1, -1.0, 1e-5, 1e-30, 50.0, 1e4, 1e10, 1e30, 3e38))
+    if kind == "int":
+        size = r.choice((0.0, 1.0, -1.0, 2.0))
+    train_tokens = r.choice((2, 3, 64, 77, 256, 4096, 10**9))
+    entropy = _rarely(r, 0.6, 0.0, round(r.uniform(0, 0.85) * math.log(train_tokens), 3))
+    given = _rarely(r, 0.5, 0, r.choice((2, 5, 64, 300, 10**6)))
+    of_tensor = "float64" if dtype == "float64" and r.random() < 0.5 else "float32"
+    return Scale(kind, size, of_tensor, train_tokens, given, entropy, r.choice(("", "", "np.int64")))

@@ -1,0 +1,43 @@
+"""From a call that fails to the simplest that still does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fuzzing.broken import WAYS
+from fuzzing.calls import Call, is_sound
+
+ATTEMPTS = 250
+
+
+def shrink(call: Call, fails: Callable[[Call], bool]) -> Call:
+    """Greedily: options to their defaults, sizes to 1, 8 or half, as long as the call fails."""
+    attempts = 0
+    while True:
+        for simpler in _simpler(call, Call(seed=0, backend=call.backend, device=call.device)):
+            attempts += 1
+            if attempts > ATTEMPTS:
+                return call
+            if is_sound(simpler) and (not call.broken or WAYS[call.broken].applies(simpler)) and fails(simpler):
+                call = simpler
+                break
+        else:
+            return call
+
+
+def _simpler(value: Any, default: Any) -> Iterator[Any]:
+    """One step nearer to the default, the longest steps first."""
+    if value == default:
+        return
+    if not isinstance(value, Call):
+        yield default
+    if dataclasses.is_dataclass(value):
+        towards = type(value)() if default is None else default
+        for field in dataclasses.fields(value):
+            if not field.metadata.get("fixed"):
+                for each in _simpler(getattr(value, field.name), getattr(towards, field.name)):
+                    yield dataclasses.replace(value, **{field.name: each})  # type: ignore[type-var]
+    elif type(value) is int and value > 1:
+        yield from sorted({n for n in (8, value // 2, value - 1) if n < value})
