@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
 from fuzzing.broken import WAYS
 from fuzzing.calls import Call, draw
 from fuzzing.oracle import Expected, expect, numbers, worst
-from fuzzing.shrink import shrink
+from fuzzing.shrink import shrink, traits
 from fuzzing.source import build, reproducer
 from interpreter import repaired
 
@@ -180,7 +180,7 @@ def fuzz(
 ) -> Counter[str]:  # fmt: skip
     """Make the calls of these numbers, and say what fails; how often each kind did. Ctrl-C ends it early."""
     kinds: Counter[str] = Counter()
-    known: set[Call] = set()
+    known: set[tuple[str, frozenset[str]]] = set()
     try:
         for index in indices:
             failure = check(draw(seed, index, backend, device, tuple(WAYS)))
@@ -188,10 +188,11 @@ def fuzz(
                 continue
             kinds[failure.kind] += 1
             say(f"call {index}: {failure.text}")
-            if len(known) < shrinks and kinds[failure.kind] <= (1 if failure.call.broken else 5):
+            if len(known) < shrinks and kinds[failure.kind] <= (1 if failure.call.broken else 12):
                 small = shrunk(failure)
-                if replace(small.call, seed=0) not in known:
-                    known.add(replace(small.call, seed=0))
+                alike = (failure.kind, traits(small.call))
+                if alike not in known:
+                    known.add(alike)
                     say(f"  simplest: {small.text}\n{small.program}")
     except KeyboardInterrupt:
         say("interrupted")

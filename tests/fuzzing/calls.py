@@ -17,6 +17,11 @@ LENGTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129,
 CPU_HEAD_DIMS = (1, 2, 3, 4, 7, 8, 15, 16, 17, 24, 31, 32, 40, 63, 64, 65, 72, 80, 96, 128, 129, 160)
 MULTIPLY_ADDS = 1.5e7  # of a call at most, to get through many calls
 PROGRAMS = 4  # of a call in Triton's interpreter at most
+# What decides λ, and how often: a number, a tensor by its shape, or the rule.
+SCALES = {
+    "none": 6, "float": 6, "int": 1, "np.float32": 1, "np.float64": 1, "()": 2, "(B,)": 2, "(B, H)": 3, "rule": 6,
+}  # fmt: skip
+INTEGERS = ("", "np.int64")
 FORWARDS = (0, 1, 2, 3)  # the axes (B, H, N, D) in their order
 
 
@@ -58,14 +63,15 @@ class Mask:
 
 @dataclass(frozen=True)
 class Scale:
-    kind: str = "none"  # or "float", "int", "np.float32", "np.float64", "()", "(B,)", "(B, H)", "rule"
+    kind: str = "none"  # one of `SCALES`
     size: float = 1.0
     dtype: str = "float32"  # of a tensor
+    nan: bool = False  # in the last elements of a tensor
     # The rule: T, N (0: not given) and H_T.
     train_tokens: int = 64
     num_tokens: int = 0
     train_entropy: float = 0.0
-    integer: str = ""  # or "np.int64"
+    integer: str = ""  # one of `INTEGERS`
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def _numbers_are_sound(call: Call) -> bool:
         N = rule.num_tokens or call.Nk
         if min(N, rule.train_tokens) < 2 or rule.train_entropy >= 0.9 * math.log(min(N, rule.train_tokens)):
             return False
-    if rule.dtype == "float64" and call.dtype != "float64":
+    if (rule.nan and "(" not in rule.kind) or (rule.dtype == "float64" and call.dtype != "float64"):
         return False
     query, key = (largest(x, call.dtype) for x in (call.query, call.key))
     product = call.D * query * key
@@ -213,7 +219,8 @@ def _draw(r: random.Random, backend: str, device: str) -> Call:
     grad = r.choice(("no_grad", "enable_grad", "inference_mode"))
     flags = [(False, False), (True, False), (False, True), (True, True)]
     r.shuffle(flags)
-    query, key, value = (_draw_tensor(r, dtype, autocast) for _ in range(3))
+    calm = r.random() < 0.6  # ordinary numbers, which errors show best
+    query, key, value = (_draw_tensor(r, dtype, autocast, calm) for _ in range(3))
     return Call(
         seed=r.randrange(1000),
         backend=backend,
@@ -232,7 +239,7 @@ def _draw(r: random.Random, backend: str, device: str) -> Call:
         layout=r.choice(("bhnd", "bhnd", "bnhd")),
         causal={"is_causal": "is_causal", "bias": bias}.get(hiding, ""),
         mask=mask,
-        scale=_draw_scale(r, dtype),
+        scale=_draw_scale(r, dtype, calm),
         flags=flags[0],
         other_flags=flags[1],
         gqa=r.random() < 0.2,
@@ -268,11 +275,12 @@ def _draw_memory(r: random.Random) -> Memory:
     }[kind]
 
 
-def _draw_tensor(r: random.Random, dtype: str, autocast: bool) -> Tensor:
+def _draw_tensor(r: random.Random, dtype: str, autocast: bool, calm: bool) -> Tensor:
     kind = r.choices(("normal", "whole", "offset", "constant"), (7, 1, 1, 1))[0]
-    sizes = (1.0, 1.0, 1.0, 1.0, 0.5, 3.0, 0.0, 1e-3, 30.0, 300.0, 1e4, 65504.0)
-    large = (133120.0, 1e10, 1e15, 1e18, -1e5, 1e-30, 1e-20, 1e-10)
-    size = r.choice(sizes if dtype == "float16" or r.random() < 0.8 else large)
+    sizes: tuple[float, ...] = (1.0, 0.0, 1e-3, 3.0, 30.0, 300.0, 1e4, 65504.0)
+    if dtype != "float16":
+        sizes += (133120.0, 1e10, 1e15, 1e18, -1e5, 1e-30, 1e-20, 1e-10)
+    size = r.choice((1.0, 1.0, 0.5, 2.0) if calm else sizes)
     return Tensor(kind, size, _draw_memory(r), "bfloat16" if autocast and r.random() < 0.2 else "")
 
 
@@ -299,16 +307,16 @@ def _draw_mask(r: random.Random, dtype: str) -> Mask:
     )
 
 
-def _draw_scale(r: random.Random, dtype: str) -> Scale:
-    kind = r.choices(
-        ("none", "float", "int", "np.float32", "np.float64", "()", "(B,)", "(B, H)", "rule"),
-        (6, 6, 1, 1, 1, 2, 2, 3, 6),
-    )[0]
-    size = r.choice((0.125, 0.1, 0.3, 1.0, 2.0, 0.0, -0.1, -1.0, 1e-5, 1e-30, 50.0, 1e4, 1e10, 1e30, 3e38))
+def _draw_scale(r: random.Random, dtype: str, calm: bool) -> Scale:
+    kind = r.choices(list(SCALES), list(SCALES.values()))[0]
+    size = r.choice((0.125, 0.1, 0.3, 1.0, 0.0, -0.1, -1.0))
+    if not calm:
+        size = r.choice((size, 2.0, 1e-5, 1e-30, 50.0, 1e4, 1e10, 1e30, 3e38))
     if kind == "int":
         size = r.choice((0.0, 1.0, -1.0, 2.0))
     train_tokens = r.choice((2, 3, 64, 77, 256, 4096, 10**9))
     entropy = _rarely(r, 0.6, 0.0, round(r.uniform(0, 0.85) * math.log(train_tokens), 3))
     given = _rarely(r, 0.5, 0, r.choice((2, 5, 64, 300, 10**6)))
     of_tensor = "float64" if dtype == "float64" and r.random() < 0.5 else "float32"
-    return Scale(kind, size, of_tensor, train_tokens, given, entropy, r.choice(("", "", "np.int64")))
+    nan = "(" in kind and r.random() < 0.05
+    return Scale(kind, size, of_tensor, nan, train_tokens, given, entropy, r.choice(INTEGERS))

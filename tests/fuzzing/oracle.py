@@ -6,12 +6,13 @@ row, p = softmax(s), and every logit computed with an error of at most δ_j:
 * δ_j: a sum of D products in any order is off by (D/2) ε Σ|q_d k_d| at most; what follows (λ, the mask, the maximum
   that is taken away, the change to base 2) rounds numbers no larger than |λ q·k|, |mask| and the maximum. Products
   below the smallest number vanish.
-* A weight is p'_j = p_j exp(e_j) / Σ p exp(e), |e_j| ≤ δ_j, so p'_j ≤ p_j exp(δ_j + Δ) with Δ = ln Σ p exp(δ).
+* A weight is p'_j = p_j exp(e_j) / Σ p exp(e), |e_j| ≤ δ_j: p_j exp(±(δ_j + Δ)) at the outside, Δ = ln Σ p exp(δ),
+  and 1 at most.
 * lse' - lse = ln Σ p exp(e), which is within ±Δ.
 * out' - out = Σ (p' - p) v, plus the rounding of the sums, of p where it is multiplied in the dtype, and of out. Being
   an average, out' lies between the smallest and the largest v all the same.
 * dH/ds_j = -p_j (s_j - E s). On the way from s to s', p stays below the bound above and s_j - E s moves by
-  δ_j + Σ p'δ + Σ (p' - p)|s - E s| at most. Whatever the logits, 0 ≤ H ≤ ln(keys seen).
+  δ_j + Σ p'δ + Σ |p' - p||s - E s| at most. Whatever the logits, 0 ≤ H ≤ ln(keys seen).
 """
 
 from __future__ import annotations
@@ -84,9 +85,10 @@ def _expect(call: Call, arguments: dict[str, Any]) -> Expected:
     lse, p, log_p = _softmax(s, peak, visible)
     Δ = np.where(seen, _log_sum_exp(log_p + δ), 0.0)
     most = np.exp(np.minimum(log_p + δ + Δ[..., None], 0.0)) * visible
+    apart = np.maximum(most - p, p * -np.expm1(-δ - Δ[..., None]))
     out = p @ value
     size = p @ np.abs(value)
-    moved = (most - p) @ np.abs(value) + (most - p).sum(-1)[..., None] * np.abs(out)
+    moved = apart @ np.abs(value)
     lowest = value.min(-2, keepdims=True, initial=np.inf, where=~unseen)
     highest = value.max(-2, keepdims=True, initial=-np.inf, where=~unseen)
     hull = np.maximum(out - lowest, highest - out)
@@ -98,8 +100,8 @@ def _expect(call: Call, arguments: dict[str, Any]) -> Expected:
         bound += SMALLEST[short] * np.abs(value).sum(-2, keepdims=True)
 
     centred = np.where(visible, np.abs(s - (p * np.where(visible, s, 0.0)).sum(-1, keepdims=True)), 0.0)
-    entropy = -(p * np.where(p > 0, log_p, 0.0)).sum(-1)
-    further = (most * δ + (most - p) * np.where(most > p, centred, 0.0)).sum(-1)
+    entropy = 0.0 - (p * np.where(p > 0, log_p, 0.0)).sum(-1)
+    further = (most * δ + apart * np.where(apart > 0, centred, 0.0)).sum(-1)
     entropy_bound = (most * np.where(most > 0, δ * (centred + δ + further[..., None]), 0.0)).sum(-1)
     entropy_cap = np.maximum(entropy, np.log(np.maximum(visible.sum(-1), 1)) - entropy)
     entropy_bound = np.minimum(entropy_bound, entropy_cap) + STATISTICS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,3 +42,17 @@ def _simpler(value: Any, default: Any) -> Iterator[Any]:
                     yield dataclasses.replace(value, **{field.name: each})  # type: ignore[type-var]
     elif type(value) is int and value > 1:
         yield from sorted({n for n in (8, value // 2, value - 1) if n < value})
+    elif type(value) is float and value != 0:
+        exponent = round(math.log10(abs(value)))
+        yield from (10.0**n for n in sorted({0, exponent // 2, exponent - (exponent > 0)}) if n < exponent)
+
+
+def traits(value: Any, default: Any = None, name: str = "") -> frozenset[str]:
+    """In which options, sizes aside, a call is not the default one: failures with the same ones are alike."""
+    if dataclasses.is_dataclass(value):
+        default = Call(seed=0) if isinstance(value, Call) else type(value)() if default is None else default
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("seed", "B", "Nq", "Nk", "D", "Dv")]
+        return frozenset().union(*(traits(getattr(value, f), getattr(default, f), f"{name}.{f}") for f in fields))
+    if value == default:
+        return frozenset()
+    return frozenset({f"{name}={value}" if isinstance(value, str) else name})

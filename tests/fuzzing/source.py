@@ -56,6 +56,7 @@ def lines(call: Call) -> list[str]:
         made += _laid_out("attn_mask", call.mask_shape(), call.mask.memory)
         if call.mask.axes < 4:
             made.append(f"attn_mask = attn_mask[{', '.join('0' * (4 - call.mask.axes))}]")
+    made += _scale_tensor(call, call.scale)
     if call.requires_grad:
         made.append("query.requires_grad_()")
     if call.parameter:
@@ -200,6 +201,16 @@ def _scale(call: Call, scale: Scale) -> dict[str, str]:
         return {"scale": repr(float(size) if scale.kind == "float" else int(size))}
     if scale.kind in ("np.float32", "np.float64"):
         return {"scale": f"{scale.kind}({size!r})"}
+    return {"scale": "scale"}
+
+
+def _scale_tensor(call: Call, scale: Scale) -> list[str]:
+    if "(" not in scale.kind:
+        return []
     shape = {"()": "", "(B,)": f"{call.B}, ", "(B, H)": f"{call.heads}, {call.B}, "}[scale.kind]
-    turned = ".T" if scale.kind == "(B, H)" else ""
-    return {"scale": f"(normal({shape}seed={call.seed + 6}){turned} * {size!r}).to({_device(call)}torch.{scale.dtype})"}
+    turned = ".T" if scale.kind == "(B, H)" else ""  # heads lie farther apart than samples
+    numbers = f"(normal({shape}seed={call.seed + 6}){turned} * {scale.size!r})"
+    made = [f"scale = {numbers}.to({_device(call)}torch.{scale.dtype})"]
+    if scale.nan:
+        made.append(f"scale[{'...' if scale.kind == '()' else '..., -1:'}] = math.nan")
+    return made
