@@ -1,20 +1,28 @@
 """Without a GPU, Triton kernels run in Triton's interpreter; that has to be decided before they are imported."""
 
-import functools
 import os
+import random
 
 # Threads that spin while they wait bring CPU attention to a crawl as soon as another process wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
 
-import numpy as np
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from interpreter import repaired
 
-def pytest_collection_modifyitems(items):
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in an order of this number's own")
+
+
+def pytest_collection_modifyitems(config, items):
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -24,40 +32,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def repaired_interpreter():
-    """Triton 3.7's interpreter multiplies the bit patterns of bfloat16 in tl.dot, rounds the product in tl.fma, and
-    reduces with functions it does not know one element at a time."""
     if torch.cuda.is_available():
         yield
         return
-    tl = pytest.importorskip("triton.language")
-    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
-
-    dot = InterpreterBuilder.create_dot
-
-    def numbers(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_fma(self, x, y, z):
-        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    generic_reduce = ReduceOps.generic_reduce
-
-    def reduce_slices(self, input):
-        if self.axis is None or self.keep_dims:
-            return generic_reduce(self, input)
-        slices = zip(*(np.moveaxis(x.handle.data, self.axis, 0) for x in input), strict=True)
-        tensors = ([self.to_tensor(s, x.dtype) for s, x in zip(arrays, input, strict=True)] for arrays in slices)
-        return list(functools.reduce(lambda a, b: self.combine_fn.fn(*a, *b), tensors))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReduceOps, "generic_reduce", reduce_slices)
-        patch.setattr(
-            InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, numbers(a), numbers(b), *rest)
-        )
-        patch.setattr(InterpreterBuilder, "create_fma", create_fma)
+    with repaired():
         yield
 
 

@@ -15,17 +15,21 @@ OPTIONS: dict[str, tuple] = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "head_dim": HEAD_DIMS,
     "value_dim": ("same", 24, 64, 96),
-    "lengths": ((1, 1), (1, 200), (7, 77), (64, 64), (77, 7), (129, 129), (200, 64), (129, 200), (200, 1)),
+    "lengths": ((1, 1), (1, 600), (7, 77), (64, 64), (77, 7), (129, 129), (200, 64), (129, 200), (200, 1)),
     "mask": ("none", "key padding", "rows", "rows and heads", "bias", "float32 bias", "key bias", "causal"),
     "heads": ((2, 2), (4, 2), (3, 1)),
     "layout": ("bhnd", "bnhd"),
     "memory": ("contiguous", "fused qkv", "transposed", "expanded batch", "expanded heads", "odd strides"),
     "outputs": ("none", "entropy", "lse", "both"),
     "scale": (
-        "default", "train", "train and num", "calibrated", "number", "zero", "negative",
+        "default", "train", "train and num", "calibrated", "number", "large", "zero", "negative",
         "tensor ()", "tensor (B,)", "tensor (B, H)",
     ),
 }  # fmt: skip
+
+# Units of roundoff, each of them a small multiple of what rounding does to random numbers: see `truth`.
+SCORE, WEIGHT, SUM = 6.0, 8.0, 8.0
+STATISTICS = 1e-5  # nats
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,9 @@ def make_inputs(case: Case, device: str = "cpu", batch: int = 2) -> Inputs:
     g = torch.Generator().manual_seed(17)
     (H, Hkv), (Nq, Nk), D = case.heads, case.lengths, case.head_dim
     Dv = D if case.value_dim == "same" else int(case.value_dim)
-    query = _tensor(case, g, batch, H, Nq, D).to(device)
-    key = _tensor(case, g, batch, Hkv, Nk, D).to(device)
-    value = _tensor(case, g, batch, Hkv, Nk, Dv).to(device)
+    query = _tensor(case, g, device, batch, H, Nq, D)
+    key = _tensor(case, g, device, batch, Hkv, Nk, D)
+    value = _tensor(case, g, device, batch, Hkv, Nk, Dv)
     mask = _mask(case, g, batch, H, Nq, Nk)
     mask = None if mask is None else mask.to(device)
     scale_arguments, scale = _scale(case, g, batch, H, Nk, D)
@@ -113,15 +117,18 @@ def make_inputs(case: Case, device: str = "cpu", batch: int = 2) -> Inputs:
     return Inputs(arguments, query, key, value, mask, scale)
 
 
-def _tensor(case: Case, g: torch.Generator, B: int, H: int, N: int, D: int) -> torch.Tensor:
-    """Random numbers, (B, H, N, D), lying in memory as the case asks; bnhd cases lie so in memory too."""
+def _tensor(case: Case, g: torch.Generator, device: str, B: int, H: int, N: int, D: int) -> torch.Tensor:
+    """Random numbers, (B, H, N, D), lying in memory as the case asks; bnhd cases lie so in memory too.
+
+    They are moved before they are laid out: what `to` moves to a device is contiguous there.
+    """
     inner = (N, H) if case.layout == "bnhd" else (H, N)
 
     def heads_first(x: torch.Tensor) -> torch.Tensor:
         return x.transpose(1, 2) if case.layout == "bnhd" else x
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g).to(case.dtype)
+        return torch.randn(shape, generator=g).to(case.dtype).to(device)
 
     if case.memory == "fused qkv":
         return normal(B, N, 3, H, D)[:, :, 1].transpose(1, 2)
@@ -173,7 +180,7 @@ def _scale(case: Case, g: torch.Generator, B: int, H: int, Nk: int, D: int) -> t
     if case.scale == "calibrated":
         ratio = (math.log(N) - H_T) / (math.log(T) - H_T)
         return {"train_tokens": T, "train_entropy": H_T, "num_tokens": N}, ones * math.sqrt(ratio / D)
-    numbers = {"default": None, "number": 1.7 * root, "zero": 0.0, "negative": -0.8 * root}
+    numbers = {"default": None, "number": 1.7 * root, "large": 12 * root, "zero": 0.0, "negative": -0.8 * root}
     if case.scale in numbers:
         scale = numbers[case.scale]
         return {"scale": scale}, ones * (root if scale is None else scale)
@@ -184,29 +191,61 @@ def _scale(case: Case, g: torch.Generator, B: int, H: int, Nk: int, D: int) -> t
 
 @dataclass
 class Truth:
+    """What attention is by its definition, and how far an answer may be from it: of the same shape, for each number."""
+
     out: torch.Tensor  # (B, H, Nq, Dv), float64
     entropy: torch.Tensor  # (B, H, Nq), float64
     lse: torch.Tensor  # (B, H, Nq), float64
-    largest: float  # the largest |logit|
+    out_bound: torch.Tensor
+    entropy_bound: torch.Tensor
+    lse_bound: torch.Tensor
 
 
 def truth(inputs: Inputs) -> Truth:
-    """Attention by its definition, in float64, on the same rounded inputs."""
+    """Attention in float64 on the same rounded inputs, and bounds that no machine's arithmetic moves.
+
+    The bounds are the rounding that the operation must have, followed to its results to first order:
+
+    - A score is a sum of rounded products: SCORE units of the terms summed, |q| |k| λ and the bias.
+    - A weight is an exponential: WEIGHT units of itself, which is twice what a GPU's exp2 and division may be off by;
+      one unit of the dtype of the inputs, in which it meets the values; and float16's least number.
+    - The sums of weights and of weighted values: SUM units of the terms, p |v|.
+    - The answer itself is rounded to its dtype.
+    """
     H = inputs.query.shape[1]
+    dtype = inputs.query.dtype
     query, key, value = (x.detach().cpu().double() for x in (inputs.query, inputs.key, inputs.value))
     key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
-    scores = torch.einsum("bhid,bhjd->bhij", query, key) * inputs.scale[..., None, None]
-    largest = scores.abs().max().item() if scores.numel() else 0.0
+    scale = inputs.scale.cpu()[..., None, None]
+    scores = torch.einsum("bhid,bhjd->bhij", query, key) * scale
+    terms = torch.einsum("bhid,bhjd->bhij", query.abs(), key.abs()) * scale.abs()
     if inputs.mask is not None:
         mask = inputs.mask.cpu()
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, -math.inf)
         else:
-            scores = (scores + mask.double()).masked_fill(mask == -math.inf, -math.inf)
+            hidden = mask == -math.inf
+            scores = (scores + mask.double()).masked_fill(hidden, -math.inf)
+            terms = terms + mask.double().abs().masked_fill(hidden, 0.0)
     lse = scores.logsumexp(-1)
     p = torch.where(scores > -math.inf, (scores - lse[..., None]).exp(), 0.0)
     out = p @ value
-    return Truth(out, -torch.special.xlogy(p, p).sum(-1), lse, largest)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+    narrow = torch.finfo(dtype).eps / 2
+    least = torch.finfo(dtype).smallest_normal * narrow  # half the step between the smallest numbers
+    off = SCORE * unit * terms * p  # what the scores' rounding makes of the weights
+    weights = off + (WEIGHT * unit + narrow) * p + least * (p > 0)
+    out_bound = weights @ value.abs() + (off.sum(-1, keepdim=True) + WEIGHT * unit) * out.abs()
+    out_bound += SUM * unit * (p @ value.abs()) + narrow * out.abs() + least
+    surprise = torch.where(p > 0, (scores - lse[..., None] + entropy[..., None]).abs(), 0.0)  # |ln p + H|
+    magnitude = torch.where(lse.isfinite(), lse.abs(), 0.0)
+    return Truth(
+        out, entropy, lse, out_bound,
+        entropy_bound=STATISTICS + (off * surprise).sum(-1),
+        lse_bound=STATISTICS + off.sum(-1) + 4 * torch.finfo(torch.float32).eps / 2 * magnitude,
+    )  # fmt: skip
 
 
 def sdpa_error(inputs: Inputs, expected: Truth) -> float:
@@ -221,40 +260,60 @@ def sdpa_error(inputs: Inputs, expected: Truth) -> float:
             q, k, v = query[b, h][None], key[b, h // group][None], value[b, h // group][None]
             m = None if mask is None else mask[b, h][None]
             out = F.scaled_dot_product_attention(q, k, v, m, scale=inputs.scale[b, h].item())
-            worst = max(worst, _distance(out[0], expected.out[b, h]))
+            worst = max(worst, (out[0].double() - expected.out[b, h]).abs().max().item())
     return worst
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a.double() - b).abs().max().item() if a.numel() else 0.0
+def assert_within(name: str, got: torch.Tensor, wanted: torch.Tensor, bound: torch.Tensor, unit: str = "") -> None:
+    """Every number as near to the one wanted as its bound says, and the infinite ones the same."""
+    assert got.shape == wanted.shape, f"{name} has the shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    got = got.detach().cpu().double()
+    finite = wanted.isfinite()
+    assert torch.equal(got[~finite], wanted[~finite]), f"{name} is finite where it must not be"
+    error = torch.where(finite, (got - wanted).abs(), 0.0)
+    wrong = ~(error <= bound)  # NaN is wrong too
+    if wrong.any():
+        at = tuple(wrong.nonzero()[(error / bound)[wrong].nan_to_num(math.inf).argmax()].tolist())
+        raise AssertionError(
+            f"{name} is off by {error[at]:.2e}{unit} at {at}, allowed {bound[at]:.2e}; {int(wrong.sum())} are wrong"
+        )
 
 
-def assert_close(case: Case, inputs: Inputs, result, statistics_atol: float = 1e-5) -> None:
-    """`result` of the case against the truth: shapes, dtypes, and errors no larger than twice SDPA's plus two ulps."""
-    expected = truth(inputs)
+def assert_results(result, inputs: Inputs, expected: Truth) -> None:
+    """What `attention` returned, a tensor (B, H, Nq, Dv) or several, against the truth."""
+    out, entropy, lse = (result, None, None) if isinstance(result, torch.Tensor) else result
+    try:
+        assert_within("out", out, expected.out, expected.out_bound)
+    except AssertionError as error:
+        raise AssertionError(f"{error} (SDPA is off by {sdpa_error(inputs, expected):.2e})") from None
+    if entropy is not None:
+        assert entropy.dtype == torch.float32
+        assert_within("entropy", entropy, expected.entropy, expected.entropy_bound, " nats")
+        assert (entropy >= 0).all()
+    if lse is not None:
+        assert lse.dtype == torch.float32
+        assert_within("lse", lse, expected.lse, expected.lse_bound, " nats")
+
+
+def assert_close(case: Case, inputs: Inputs, result, expected: Truth | None = None) -> None:
+    """`result` of the case against the truth: what was asked for, its shapes and dtypes, every number in its bound."""
     out, entropy, lse = (result, None, None) if isinstance(result, torch.Tensor) else result
     assert (entropy is not None) == inputs.arguments["return_entropy"]
     assert (lse is not None) == inputs.arguments["return_lse"]
-
     assert out.dtype == case.dtype
     if case.layout == "bnhd":
         out = out.transpose(1, 2)
-    assert out.shape == expected.out.shape
-    ulp = torch.finfo(case.dtype).eps * expected.out.abs().max().item()
-    error, allowed = _distance(out.cpu(), expected.out), 2 * sdpa_error(inputs, expected) + 2 * ulp
-    assert error <= allowed, f"out is off by {error:.2e}, allowed {allowed:.2e}"
+    assert_results((out, entropy, lse), inputs, expected or truth(inputs))
 
-    # Scores are sums of D products in float32: their own rounding is the floor for what is computed from them.
-    atol = statistics_atol + 4 * torch.finfo(torch.float32).eps * expected.largest
-    for name, got, wanted in (("entropy", entropy, expected.entropy), ("lse", lse, expected.lse)):
-        if got is None:
-            continue
-        assert got.dtype == torch.float32
-        assert got.shape == wanted.shape
-        got = got.cpu().double()
-        assert torch.equal(got.isinf(), wanted.isinf()), f"{name} is infinite in other places"
-        finite = wanted.isfinite()
-        error = _distance(got[finite], wanted[finite])
-        assert error <= atol, f"{name} is off by {error:.2e} nats, allowed {atol:.2e}"
-    if entropy is not None:
-        assert (entropy >= 0).all()
+
+def plain_inputs(query, key, value, mask: torch.Tensor | None = None, scale: float | None = None) -> Inputs:
+    """Tensors (B, H, N, D) and a number λ as the inputs of `truth`."""
+    B, H, _, D = query.shape
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    return Inputs({}, query, key, value, mask, torch.full((B, H), scale, dtype=torch.float64))
+
+
+def assert_attends(result, query, key, value, mask: torch.Tensor | None = None, scale: float | None = None) -> None:
+    """What `attention` returned for such inputs against the truth."""
+    inputs = plain_inputs(query, key, value, mask, scale)
+    assert_results(result, inputs, truth(inputs))

@@ -32,7 +32,7 @@ def benchmark(monkeypatch):
 
 def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=cwd)
 
 
 def rows_of(done: subprocess.CompletedProcess, json_file: Path) -> list[dict]:
@@ -172,7 +172,7 @@ def test_ctrl_c_keeps_the_rows_and_says_so(tmp_path):
         while not path.exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=300)[1]
     finally:
         process.kill()
     rows = json.loads(path.read_text())["rows"]

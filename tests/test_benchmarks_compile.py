@@ -68,7 +68,7 @@ def scripts(monkeypatch):
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ENTROPY_ATTN_TILES")}
     command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
 
 
 def test_main_loop_of_a_listing():
@@ -148,7 +148,7 @@ def test_report_of_a_tile(tmp_path):
     saved = json.loads(out.read_text())
     command = [sys.executable, "-m", "entropy_attn.kernels.aot", "--architecture", "sm_80", "--head-dim", "64"]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ENTROPY_ATTN_TILES")}
-    lines = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True).stdout
+    lines = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=True).stdout
     tile = tiles.find_tile("sm_80", "float16", 64)
     scores = tile.block_m * tile.block_n // (32 * tile.num_warps)
     rows_of_a_thread = tile.block_m // (8 * tile.num_warps)  # of matrix products of 16 x 8, eight threads to a row
