@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from entropy_attn import checks, op
+from entropy_attn import checks, op  # noqa: F401 (op registers the operator)
 
 
 class AttentionOutput(NamedTuple):
@@ -49,11 +49,12 @@ def attention(
         value: (B, Hkv, Nk, Dv), same dtype and device.
         attn_mask: broadcastable to (B, H, Nq, Nk) and never expanded in memory. Boolean: True where a key takes
             part. Floating (the dtype of query, or float32): added to λ q·k. (B, 1, 1, Nk) is a key-padding mask.
+            The masks of `torch.nn.attention.bias` are taken too.
         dropout_p: must be 0.
         is_causal: query i sees the keys 0 … i. Not together with `attn_mask`.
         scale: λ as a number, or as a float32 tensor of shape (), (B,) or (B, H) on the device of query. The tensor
             is read on the device, without synchronising, so its elements are not checked: NaN gives NaN.
-        enable_gqa: allow H to be a multiple of Hkv. Keys and values are not repeated in memory.
+        enable_gqa: allow H to be a multiple of Hkv. Keys and values are not repeated in memory (but for "reference").
         train_tokens: T, the number of tokens the model was trained with. Not together with `scale`.
         train_entropy: H_T in nats, the layer's mean entropy at T tokens; λ is then
             sqrt((ln N - H_T) / (ln T - H_T) / D), see `entropy_scale`. Only with `train_tokens`.
@@ -65,6 +66,8 @@ def attention(
         backend: "auto" (the Triton kernel on a GPU, "cpu" on the CPU), "triton", "cpu", or "reference" (textbook in
             float64, any device, O(Nq * Nk) memory). `explain` tells which one runs a call and why.
 
+    Under `torch.autocast` query, key, value and a floating mask are cast as SDPA casts them; λ, entropy and lse are not.
+
     Returns:
         The output, in the shape of query with Dv for D, the dtype of query, and query's memory order; or, with
         `return_entropy` or `return_lse`, an `AttentionOutput` of out, entropy and lse. Entropy and lse are float32
@@ -74,22 +77,19 @@ def attention(
         output, even if its rows hold NaN.
 
     Raises:
-        TypeError: an argument of a wrong type.
+        TypeError: an argument of a wrong type; a tensor that is nested, sparse, or of a subclass whose data may not be
+            what it means.
         ValueError: shapes, dtypes, devices or values that do not fit, named in the message; an input that requires
-            grad while grad mode is on; N or T below 2 with `train_tokens`; a backend that cannot run the call.
+            grad while grad mode is on, or has a forward-mode tangent; N or T below 2 with `train_tokens`; a backend
+            that cannot run the call.
     """
-    query, key, value = checks.bhnd(query, key, value, layout)
-    checks.check(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        train_tokens, train_entropy, num_tokens, return_entropy, return_lse, backend,
+    arguments = checks.operator_arguments(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, train_tokens, train_entropy, num_tokens,
+        layout, return_entropy, return_lse, backend,
     )  # fmt: skip
-    scale_tensor, scale = (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
-    out, lse, entropy = op.call(
-        query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
-        is_causal, return_lse, return_entropy, backend,
-    )  # fmt: skip
+    out, entropy, lse = torch.ops.entropy_attn.attention(*arguments)
     if layout == "bnhd":
         out = out.transpose(1, 2)
-    if not (return_lse or return_entropy):
+    if not (return_entropy or return_lse):
         return out
     return AttentionOutput(out, entropy if return_entropy else None, lse if return_lse else None)

@@ -2,12 +2,64 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from entropy_attn.backends import BACKENDS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LARGEST_SCALE = torch.finfo(torch.float32).max
+# The kernel multiplies the scale by log2(e), in float32.
+LARGEST_SCALE = torch.finfo(torch.float32).max * math.log(2.0)
+LARGEST_INT = 2**63 - 1
+
+
+def tensors(**named) -> None:
+    """Raise unless each is None or a tensor whose data is what it means: strided, and of no subclass that changes it."""
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
+        if not _is_plain(type(tensor)):
+            raise TypeError(
+                f"{name} must be a plain torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}, "
+                "which may mean something else than its data says"
+            )
+
+
+def _is_plain(kind: type) -> bool:
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return True
+    if kind.__module__.startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
+        return True
+    same_function = getattr(kind.__torch_function__, "__func__", None) is torch.Tensor.__torch_function__.__func__
+    return same_function and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def without_causal_bias(attn_mask, is_causal, query, key):
+    """(attn_mask, is_causal) for a mask of `torch.nn.attention.bias`, whose data is not its meaning; else as given."""
+    if not isinstance(attn_mask, torch.Tensor) or not type(attn_mask).__module__.startswith("torch.nn.attention"):
+        return attn_mask, is_causal
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(attn_mask, CausalBias):
+        return attn_mask, is_causal
+    if is_causal:
+        raise ValueError("is_causal and attn_mask cannot be given together: attn_mask is causal")
+    Nq, Nk = query.shape[-2], key.shape[-2]
+    if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (Nq, Nk):
+        raise ValueError(
+            f"attn_mask must be for ({Nq}, {Nk}) tokens of query and key, "
+            f"got one for ({attn_mask.seq_len_q}, {attn_mask.seq_len_kv})"
+        )
+    if attn_mask.variant == CausalVariant.UPPER_LEFT or Nq == Nk:
+        return None, True
+    return torch.ones(Nq, Nk, dtype=torch.bool, device=query.device).tril(Nk - Nq), False
 
 
 def bhnd(query, key, value, layout):
@@ -17,6 +69,8 @@ def bhnd(query, key, value, layout):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            tensors(**{name: tensor})
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 axes ({', '.join(layout.upper())}), got shape {tuple(tensor.shape)}")
     if layout == "bnhd":
@@ -24,43 +78,97 @@ def bhnd(query, key, value, layout):
     return query, key, value
 
 
-def check(
+def flag(name: str, value) -> bool:
+    """`value` as a bool; numpy's are taken too."""
+    if type(value) is bool:
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {_type_of(value)}")
+
+
+def integer(name: str, value):
+    """`value` as an int, a symbolic one while tracing, or None; numpy's are taken too."""
+    if isinstance(value, np.integer):
+        value = int(value)
+    if value is None or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {_type_of(value)}")
+    if value > LARGEST_INT:
+        raise ValueError(f"{name} must be below 2**63, got {value}")
+    return value
+
+
+def real(name: str, value, kinds: str = "a float"):
+    """`value` as a number, a symbolic one while tracing; numpy's are taken too."""
+    if isinstance(value, (np.floating, np.integer)):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be {kinds}, got {_type_of(value)}")
+    return value
+
+
+def _type_of(value) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def operator_arguments(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, train_tokens, train_entropy, num_tokens,
-    return_entropy, return_lse, backend,
+    layout, return_entropy, return_lse, backend,
 ):  # fmt: skip
-    """Raise TypeError or ValueError unless `attention` can be called so; tensors come in (B, H, N, D)."""
-    if not type(is_causal) is type(enable_gqa) is type(return_entropy) is type(return_lse) is bool:
-        _refuse_flags(is_causal=is_causal, enable_gqa=enable_gqa, return_entropy=return_entropy, return_lse=return_lse)
+    """The arguments of the operator from those of `attention`. Raises TypeError or ValueError for what cannot be run."""
+    query, key, value = bhnd(query, key, value, layout)
+    is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
+    return_entropy, return_lse = flag("return_entropy", return_entropy), flag("return_lse", return_lse)
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query, key)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if dropout_p != 0.0:
+    if real("dropout_p", dropout_p) != 0:
         raise ValueError(f"dropout_p must be 0, got {dropout_p}: this is attention for inference")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask cannot be given together: put the causal part into attn_mask")
+    tensors(query=query, key=key, value=value, attn_mask=attn_mask)
     _check_tensors(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(attn_mask, query, key)
-    _check_scale(scale, query, train_tokens, train_entropy, num_tokens)
+    train_tokens, num_tokens = integer("train_tokens", train_tokens), integer("num_tokens", num_tokens)
+    train_entropy = real("train_entropy", train_entropy)
+    _check_rule(scale, train_tokens, train_entropy, num_tokens)
     if torch.is_grad_enabled():
-        _refuse_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale)
+        refuse_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale)
+    scale_tensor = None
+    if isinstance(scale, torch.Tensor):
+        _check_scale_tensor(scale, query)
+        scale_tensor, scale = scale, None
+    elif scale is not None:
+        scale = real("scale", scale, "a float or a tensor")
+        if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+            raise ValueError(f"scale must be finite (at most {LARGEST_SCALE:.4g} in magnitude), got {scale}")
+    return (
+        query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
+        is_causal, return_entropy, return_lse, backend,
+    )  # fmt: skip
 
 
-def _refuse_flags(**flags) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+def dtype_of(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype the operator takes a tensor in: under autocast, as for SDPA, all floating ones but float64 are cast."""
+    device = tensor.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        if tensor.is_floating_point() and tensor.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 def _check_tensors(query, key, value) -> None:
-    dtype, device = query.dtype, query.device
+    dtype, device = dtype_of(query), query.device
     if dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"query must be of {allowed}, got {dtype}")
-    if dtype == key.dtype == value.dtype and device == key.device == value.device:
-        return
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != dtype:
+        if dtype_of(tensor) != dtype:
             raise ValueError(f"{name} must have the dtype of query, {dtype}, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
@@ -90,10 +198,9 @@ def _check_shapes(query, key, value, enable_gqa) -> None:
 
 
 def _check_mask(attn_mask, query, key) -> None:
-    if not isinstance(attn_mask, torch.Tensor):
-        raise TypeError(f"attn_mask must be a tensor, got {type(attn_mask).__name__}")
-    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise ValueError(f"attn_mask must be of torch.bool, torch.float32 or {query.dtype}, got {attn_mask.dtype}")
+    dtype, mask_dtype = dtype_of(query), dtype_of(attn_mask)
+    if mask_dtype not in (torch.bool, torch.float32, dtype):
+        raise ValueError(f"attn_mask must be of torch.bool, torch.float32 or {dtype}, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
     B, H, Nq, _ = query.shape
@@ -108,7 +215,7 @@ def _check_mask(attn_mask, query, key) -> None:
     )
 
 
-def _check_scale(scale, query, train_tokens, train_entropy, num_tokens) -> None:
+def _check_rule(scale, train_tokens, train_entropy, num_tokens) -> None:
     """Which of the arguments decide the scale; the values of N, T and H_T are checked where λ is computed."""
     if train_tokens is None:
         if num_tokens is not None:
@@ -117,21 +224,10 @@ def _check_scale(scale, query, train_tokens, train_entropy, num_tokens) -> None:
             raise ValueError(f"train_entropy needs train_tokens, got train_entropy={train_entropy} alone")
     elif scale is not None:
         raise ValueError("scale and train_tokens cannot be given together: each decides the scale")
-    for name, number in (("train_tokens", train_tokens), ("num_tokens", num_tokens)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, torch.SymInt))):
-            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
-    if isinstance(train_entropy, bool) or not isinstance(train_entropy, (int, float, torch.SymFloat)):
-        raise TypeError(f"train_entropy must be a float, got {type(train_entropy).__name__}")
-    if isinstance(scale, torch.Tensor):
-        _check_scale_tensor(scale, query)
-    elif scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-            raise TypeError(f"scale must be a float or a tensor, got {type(scale).__name__}")
-        if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
-            raise ValueError(f"scale must be finite (in float32), got {scale}")
 
 
 def _check_scale_tensor(scale, query) -> None:
+    tensors(scale=scale)
     if scale.dtype != torch.float32 and not scale.dtype == query.dtype == torch.float64:
         raise ValueError(f"scale must be a float32 tensor (or float64 with float64 query), got {scale.dtype}")
     if scale.device != query.device:
@@ -141,10 +237,14 @@ def _check_scale_tensor(scale, query) -> None:
         raise ValueError(f"scale must have shape (), (B,) = ({B},) or (B, H) = ({B}, {H}), got {tuple(scale.shape)}")
 
 
-def _refuse_grad(**inputs) -> None:
+def refuse_grad(**inputs) -> None:
     for name, tensor in inputs.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires grad, and attention has no backward pass: call it under torch.no_grad() or "
-                "torch.inference_mode(), or train with torch.nn.functional.scaled_dot_product_attention"
-            )
+            raise no_derivative(name, "requires grad")
+
+
+def no_derivative(name: str, what: str) -> ValueError:
+    return ValueError(
+        f"{name} {what}, and attention has no derivative: call it under torch.no_grad() or torch.inference_mode(), "
+        "or train with torch.nn.functional.scaled_dot_product_attention"
+    )

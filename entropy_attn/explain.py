@@ -42,18 +42,14 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     bound = inspect.signature(attention).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    query, key, value = checks.bhnd(given["query"], given["key"], given["value"], given["layout"])
-    rest = {name: x for name, x in given.items() if name not in ("query", "key", "value", "layout")}
-    checks.check(query, key, value, **rest)
-    backend, reason = choose(query, value, given["backend"])
+    query, key, value, _, scale_tensor, scale, *rule, _, _, _, backend = checks.operator_arguments(**given)
+    train_tokens, train_entropy, num_tokens = rule
+    backend, reason = choose(query, value, backend)
     tile = None
     if backend == "triton":
         from entropy_attn.backends.triton import tile_for
 
-        tile = tile_for(query, value, given["return_entropy"], given["attn_mask"] is not None)
-    scale, train_tokens, num_tokens = (given[name] for name in ("scale", "train_tokens", "num_tokens"))
-    if isinstance(scale, torch.Tensor):
-        scale = None
-    else:
-        scale = resolve_scale(query.shape[3], key.shape[2], scale, train_tokens, given["train_entropy"], num_tokens)
+        tile = tile_for(query.device, checks.dtype_of(query), max(query.shape[3], value.shape[3]))
+    if scale_tensor is None:
+        scale = resolve_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
     return Explanation(backend, reason, scale, key.shape[2] if num_tokens is None else num_tokens, train_tokens, tile)

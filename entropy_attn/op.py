@@ -9,25 +9,17 @@ import functools
 import math
 
 import torch
-from torch._C import (
-    DispatchKey,
-    DispatchKeySet,
-    _dispatch_keys,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.forward_ad import unpack_dual
 
+from entropy_attn import checks
 from entropy_attn.backends import load, new_outputs
 from entropy_attn.scale import entropy_scale
 
 _library = torch.library.Library("entropy_attn", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? scale_tensor, float? scale, "
-    "SymInt? train_tokens, float train_entropy, SymInt? num_tokens, bool is_causal, bool return_lse, "
-    "bool return_entropy, str backend) -> (Tensor out, Tensor lse, Tensor entropy)",
+    "SymInt? train_tokens, float train_entropy, SymInt? num_tokens, bool is_causal, bool return_entropy, "
+    "bool return_lse, str backend) -> (Tensor out, Tensor entropy, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -44,21 +36,17 @@ def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) 
 _remembered_scale = functools.lru_cache(maxsize=1024)(resolve_scale)
 
 
-def forward(
+def _compute(
     query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
-    is_causal, return_lse, return_entropy, backend,
+    is_causal, return_entropy, return_lse, backend,
 ):  # fmt: skip
-    """What the operator does, on arguments that `attention` has checked."""
+    """The operator itself, on arguments that `attention` has checked."""
     if scale_tensor is None:
         scale = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
     else:  # (), (B,) or (B, H)
         scale = (scale_tensor[:, None] if scale_tensor.dim() == 1 else scale_tensor).expand(query.shape[:2])
     run = load(query, value, backend)
-    return run(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy)
-
-
-def _operator(query, *rest):
-    return _tensors(query, forward(query, *rest))
+    return _tensors(query, run(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse))
 
 
 def _tensors(query, outputs):
@@ -66,59 +54,42 @@ def _tensors(query, outputs):
     return tuple(query.new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
 
 
-_library.impl("attention", _operator, "CompositeExplicitAutograd")
+def _fake(query, key, value, attn_mask, scale_tensor, *rest):
+    *_, return_entropy, return_lse, _ = rest
+    return _tensors(query, new_outputs(query, value, return_entropy, return_lse))
 
 
-def call(*arguments):
-    """The operator; past PyTorch's dispatcher, the slowest part of a call, where that would only pass it on."""
-    query, key, value, attn_mask, scale_tensor = arguments[:5]
-    if (
-        not torch.compiler.is_compiling()
-        and not _watched()
-        and _is_plain(query)
-        and _is_plain(key)
-        and _is_plain(value)
-        and _is_plain(attn_mask)
-        and _is_plain(scale_tensor)
-    ):
-        return forward(*arguments)
-    return torch.ops.entropy_attn.attention(*arguments)
+def _refuse_derivatives(keyset, query, key, value, attn_mask, scale_tensor, *rest):
+    """The operator has no derivative, neither backward nor forward: raise where one is asked for, else go on."""
+    inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "scale": scale_tensor}
+    if torch.is_grad_enabled():
+        checks.refuse_grad(**inputs)
+    for name, tensor in inputs.items():
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            raise checks.no_derivative(name, "has a tangent (torch.func.jvp, forward-mode derivatives)")
+    with torch.no_grad():
+        below = keyset.remove(keyset.highestPriorityTypeId())
+        return torch.ops.entropy_attn.attention.default.redispatch(
+            below, query, key, value, attn_mask, scale_tensor, *rest
+        )
 
 
-def _plain_keys() -> set[int]:
-    """The dispatch keys of ordinary tensors on the CPU and on a GPU, inside inference mode and outside of it."""
-    keys, one = DispatchKey, DispatchKeySet
-    CPU = one(keys.CPU).add(keys.AutocastCPU)
-    GPU = one(keys.CUDA).add(keys.AutocastCUDA)
-    sets = (
-        CPU, CPU.add(keys.ADInplaceOrView).add(keys.AutogradCPU),
-        GPU, GPU.add(keys.ADInplaceOrView).add(keys.AutogradCUDA),
-    )  # fmt: skip
-    return {each.raw_repr() for each in sets}
+def _autocast(device_type: str):
+    """The operator under autocast, as SDPA: floating inputs but float64 in the lower precision. λ stays in float32."""
+
+    def cast(tensor):
+        return tensor if tensor is None else tensor.to(checks.dtype_of(tensor))
+
+    def operator(query, key, value, attn_mask, *rest):
+        inputs = [cast(tensor) for tensor in (query, key, value, attn_mask)]
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.entropy_attn.attention(*inputs, *rest)
+
+    return operator
 
 
-_PLAIN_KEYS = _plain_keys()
-
-
-def _is_plain(tensor: torch.Tensor | None) -> bool:
-    """Whether the dispatcher would hand it over as it is: no subclass or wrapper, no negation put off until read."""
-    return tensor is None or (type(tensor) is torch.Tensor and _dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS)
-
-
-def _watched() -> bool:
-    """Whether something looks at operators as they are dispatched: a mode, a transform, a tracer, a profiler."""
-    return (
-        _len_torch_dispatch_stack() > 0
-        or _len_torch_function_stack() > 0
-        or peek_interpreter_stack() is not None
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-    )
-
-
-@torch.library.register_fake("entropy_attn::attention", lib=_library)
-def _fake(
-    query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
-    is_causal, return_lse, return_entropy, backend,
-):  # fmt: skip
-    return _tensors(query, new_outputs(query, value, return_lse, return_entropy))
+_library.impl("attention", _compute, "CompositeExplicitAutograd")
+_library.impl("attention", _refuse_derivatives, "Autograd", with_keyset=True)
+_library.impl("attention", _autocast("cpu"), "AutocastCPU")
+_library.impl("attention", _autocast("cuda"), "AutocastCUDA")
+torch.library.register_fake("entropy_attn::attention", _fake, lib=_library)

@@ -54,15 +54,16 @@ def compile_kernel(
     tensor_scale: bool = False,
     tf32: bool = False,
     stride_unit: int = 8,
+    mask_unit: int = 16,
     wide: bool = False,
     tile: tiles.Tile | None = None,
 ) -> CompiledKernel:
     """The binary that a launch with such arguments would run, for aligned tensors and a mask contiguous in its keys."""
     value_dim = value_dim or head_dim
-    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim), entropy, mask != "none")
+    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim))
     constants = tiles.constexprs(
         architecture, dtype, head_dim, value_dim, tile,
-        is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, wide=wide,
+        is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, mask_unit=mask_unit, wide=wide,
     )  # fmt: skip
     element = _TYPES[dtype]
     pointers = {
@@ -86,10 +87,8 @@ def compile_kernel(
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-            if name in ("stride_mb", "stride_mh", "stride_mm"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(attention_forward, signature, constants, attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=_target(architecture), options=options)
 
 
@@ -134,7 +133,7 @@ def main() -> None:
         for dtype in arguments.dtype:
             for head_dim in arguments.head_dim:
                 for entropy in (False, True):
-                    tile = tiles.find_tile(architecture, dtype, head_dim, entropy, arguments.mask != "none")
+                    tile = tiles.find_tile(architecture, dtype, head_dim)
                     kernel = compile_kernel(
                         architecture, dtype, head_dim, entropy=entropy, tile=tile, is_causal=arguments.causal,
                         mask=arguments.mask, mask_rows=arguments.mask_rows,

@@ -18,13 +18,16 @@ import triton
 import triton.language as tl
 
 from .mask import load_mask, scan_mask
-from .sums import row_sum, row_sums, row_total
+from .sums import row_sum, row_sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The first pivot. Every finite score reaches it, so it is never taken for a maximum that is not there,
-# and being finite it keeps inf - inf out of rows that have seen no key yet.
+# The first pivot of rows whose scores are known only after a mask was added. Every finite score reaches it, and being
+# finite it keeps inf - inf out of rows that have seen no key yet.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# The first pivot of the other rows. Up to this magnitude the rounding of the maximum moves the weight of the highest
+# score by at most 2^4; rows beyond it are done again with differences of scores, which any finite score survives.
+HUGE = tl.constexpr(67108864.0)  # 2^26, in units of ln 2
 # Stands in for a scale of 0: too small to tell any two scores apart, but TINY * -inf is still -inf.
 TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -48,7 +51,7 @@ def attend(
     start, end, query_index, stride_kn, stride_vn, scale,
     m, l, t, acc1, acc2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
     VALUE_FIRST: tl.constexpr,
@@ -95,10 +98,15 @@ def attend(
             s = tl.where((mask == 0.0)[None, :], s, float("-inf"))
         elif EDGE:  # K is 0 there, and adding -inf hides it
             s += tl.where(key_inside, 0.0, float("-inf"))[None, :]
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        # One instruction a score, and its product is not rounded: an offset of all logits costs no digits.
-        x = tl.fma(s, scale, -m_new[:, None])
-    d = m - m_new
+        if EDGE:  # m is in units of the scores, which may be of any size
+            m_new = tl.maximum(m, tl.max(s, 1))
+            x = (s - m_new[:, None]) * scale
+        else:  # one instruction a score, good up to HUGE; its product is not rounded: an offset costs no digits
+            m_new = tl.maximum(m, tl.max(s, 1) * scale)
+            x = tl.fma(s, scale, -m_new[:, None])
+    d = (m - m_new) * scale if EDGE and not BIAS else m - m_new
+    if EDGE or BIAS:
+        d = tl.maximum(d, -1000.0)  # from the first pivot it may overflow, and nothing times -inf is not 0
     a = tl.math.exp2(d)
     if VALUE_FIRST:
         acc1 = acc1 * a[:, None]
@@ -108,14 +116,12 @@ def attend(
         # Rounded at once where threads may hold a single score of a row: folded into the sum of a thread and its
         # partner, each would round the other's product only, and the two would differ in the last bit.
         px = tl.fma(p, px, 0.0) if PARTIALS == BLOCK_N else p * px
-        sum_p, sum_px = row_sums(p, px, BLOCK_M, BLOCK_N, PARTIALS, LANES)
-        d_lanes = tl.broadcast_to(d[:, None, None], t.shape)
-        a_lanes = tl.broadcast_to(a[:, None, None], t.shape)
+        sum_p, sum_px = row_sums(p, px, BLOCK_M, BLOCK_N, PARTIALS)
         previous = l
-        l = l * a_lanes + sum_p
-        t = tl.fma(tl.fma(previous, d_lanes, t), a_lanes, sum_px)
+        l = l * a + sum_p
+        t = tl.fma(tl.fma(previous, d, t), a, sum_px)
     else:
-        l = l * a[:, None, None] + row_sum(p, BLOCK_M, BLOCK_N, PARTIALS, LANES)
+        l = l * a + row_sum(p, BLOCK_M, BLOCK_N, PARTIALS)
 
     if not VALUE_FIRST:
         v1 = load_tile(V + offset * stride_vn + v1_offsets, key_valid[:, None], e1[None, :] < E, HIDES, E1 > E)
@@ -150,30 +156,29 @@ def edge_block(block, full_start, full_end):
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
         "stride_vb", "stride_vh", "stride_vn", "stride_ob", "stride_oh", "stride_on",
-        "stride_sb", "stride_sh", "H", "Hkv", "Nq", "Nk", "keys_per_split",
+        "stride_mb", "stride_mh", "stride_mm", "stride_sb", "stride_sh", "H", "Hkv", "Nq", "Nk",
     ]
 )  # fmt: skip
 def attention_forward(
-    Q, K, V, Mask, Scale, Out, Lse, Entropy,
+    Q, K, V, Mask, Scale, Out, Entropy, Lse,
     scale,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh,
-    H, Hkv, Nq, Nk, keys_per_split,
+    H, Hkv, Nq, Nk,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIALS: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr, VALUE_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, WIDE: tl.constexpr, VALUE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all their keys.
 
     Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, E), Out (B, H, Nq, E): any strides, the last one 1, given in
     units of STRIDE_UNIT elements, which tells the compiler how far rows are aligned. Mask (B, H, Nq, Nk), uint8 for
-    MASK == "bool" and floating for "bias"; its strides may be 0, and without MASK_ROWS all queries share one row.
-    Scale (B, H) float32, or None: then the number `scale`. Lse and Entropy (B, H, Nq) float32 in nats, or None.
+    MASK == "bool" and floating for "bias"; its strides may be 0, all but the last are in units of MASK_UNIT elements,
+    and without MASK_ROWS all queries share one row.
+    Scale (B, H) float32, or None: then the number `scale`. Entropy and Lse (B, H, Nq) float32 in nats, or None.
     WIDE: an offset inside one tile can pass 2^31 elements. Offsets of tiles are 64-bit always.
-    SPLIT: program_id(1) takes keys_per_split keys, whole blocks of them; Out, Lse and Entropy are contiguous with an
-    axis of splits before the others, Out in float32 (see `split.merge_splits`).
     """
     tiles = tl.cdiv(Nq, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -200,8 +205,6 @@ def attention_forward(
     K += (b * stride_kb + h_kv * stride_kh) * STRIDE_UNIT
     V += (b * stride_vb + h_kv * stride_vh) * STRIDE_UNIT
     Out += (b * stride_ob + h * stride_oh) * STRIDE_UNIT + first * stride_on
-    if SPLIT:
-        Out += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles) * Nq * E
 
     if Scale is not None:
         scale = tl.load(Scale + b * stride_sb + h * stride_sh)
@@ -223,24 +226,23 @@ def attention_forward(
         e2 = E1 + tl.arange(0, E2)
         acc2 = tl.zeros([BLOCK_M, E2], tl.float32)
     if MASK != "none":
-        Mask += b * stride_mb + h * stride_mh
+        Mask += (b * stride_mb + h * stride_mh) * MASK_UNIT
     if MASK_ROWS:
+        stride_mm = tl.cast(stride_mm, INDEX) * MASK_UNIT
         # Rows past the end read the last one again; they are never stored.
         mask_row = tl.minimum(row, Nq - 1 - first)[:, None] * stride_mm
         Mask += first * stride_mm
 
-    m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M, LANES, 1], tl.float32)
-    t = tl.zeros([BLOCK_M, LANES, 1], tl.float32)
+    BIAS: tl.constexpr = MASK == "bias"
+    m = tl.full([BLOCK_M], LOWEST if BIAS else -HUGE, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    t = tl.zeros([BLOCK_M], tl.float32)
     ENTROPY: tl.constexpr = Entropy is not None
 
     # Keys from full_start to full_end come in whole blocks that every query of the tile sees, without a look at a mask
     # that all queries share. The other blocks between begin and end need checks.
     begin = 0
     end = Nk
-    if SPLIT:
-        begin = tl.program_id(1) * keys_per_split
-        end = tl.minimum(Nk, begin + keys_per_split)
     full_start = begin
     full_end = end
     SHARED_MASK: tl.constexpr = MASK != "none" and not MASK_ROWS
@@ -252,11 +254,10 @@ def attention_forward(
         full_end = tl.minimum(full_end, tile * BLOCK_M + 1)
         end = tl.minimum(end, tl.minimum(Nq, (tile + 1) * BLOCK_M))
     full_end = full_end // BLOCK_N * BLOCK_N
-    if SHARED_MASK or SPLIT:
+    if SHARED_MASK:
         full_end = tl.maximum(full_end, full_start)
     # The loops count from 0 where they can: one that begins at a number the compiler knows nothing of does not load
     # ahead. K and V are moved instead.
-    BIAS: tl.constexpr = MASK == "bias"
     mask = m  # none yet
     K_full = K + tl.cast(full_start, tl.int64) * stride_kn
     V_full = V + tl.cast(full_start, tl.int64) * stride_vn
@@ -271,44 +272,52 @@ def attention_forward(
         m, l, t, acc1, acc2 = attend(
             q1, q2, K_full, V_full, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
             block, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
-            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, LANES, False, CAUSAL,
+            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL,
             "none" if SHARED_MASK else MASK, MASK_ROWS, ENTROPY, PRECISION, VALUE_FIRST,
         )  # fmt: skip
-    edge_key = tl.arange(0, EDGE_N).to(INDEX)
-    k1_offsets, k2_offsets = offsets_of(edge_key[None, :] * stride_kn, D1, D2, 0)
-    v1_offsets, v2_offsets = offsets_of(edge_key[:, None] * stride_vn, E1, E2, 1)
-    if MASK_ROWS:
-        mask_pointers = Mask + mask_row + edge_key[None, :] * stride_mn
-    elif SHARED_MASK:
-        mask_pointers = Mask + edge_key * stride_mn
+    if not BIAS:
+        # A row with logits above HUGE has an m that says so, one with all below -HUGE has l = 0: all keys once more.
+        again = tl.max(((m > HUGE) | (l == 0.0)).to(tl.int32), 0) > 0
+        full_end = tl.where(again, full_start, full_end)
+        # From here on m is in units of the scores. The quotient is rounded: one more step from m to what it stands for.
+        pivot = m / scale
+        d = tl.fma(pivot, -scale, m)
+        a = tl.math.exp2(d)
+        m = tl.where(again, LOWEST, pivot)
+        t = tl.where(again, 0.0, (t + d * l) * a)
+        l = tl.where(again, 0.0, l * a)
+        acc1 = tl.where(again, 0.0, acc1 * a[:, None])
+        if E2:
+            acc2 = tl.where(again, 0.0, acc2 * a[:, None])
+    if SHARED_MASK:
+        mask_pointers = Mask + key * stride_mn
     edge_start = full_end
     edge_end = end
     if SHARED_MASK:  # edges on both sides of the whole blocks: these are left out of the count
         edge_start = begin
         edge_end = end - (full_end - full_start)
         start = edge_block(edge_start, full_start, full_end)
-        mask = load_mask(mask_pointers, start, end, stride_mn, EDGE_N, True, BIAS)
-    for block in tl.range(edge_start, edge_end, EDGE_N, num_stages=1):
+        mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
+    for block in tl.range(edge_start, edge_end, BLOCK_N, num_stages=1):
         if not SHARED_MASK:
             start = block
         block_mask = mask
         if MASK_ROWS:
-            block_mask = load_mask(mask_pointers, start, end, stride_mn, EDGE_N, True, BIAS)
+            block_mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
         m, l, t, acc1, acc2 = attend(
             q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
             start, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
-            D, D1, D2, E, E1, E2, BLOCK_M, EDGE_N, PARTIALS, LANES, True, CAUSAL, MASK, MASK_ROWS, ENTROPY,
+            D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, True, CAUSAL, MASK, MASK_ROWS, ENTROPY,
             PRECISION, VALUE_FIRST,
         )  # fmt: skip
         if SHARED_MASK:
             # Carried from block to block: loaded where it is used, its 8 bits would decide how the matrix units'
             # operands are laid out, and the queries be held in two layouts.
-            start = edge_block(block + EDGE_N, full_start, full_end)
-            mask = load_mask(mask_pointers, start, end, stride_mn, EDGE_N, True, BIAS)
+            start = edge_block(block + BLOCK_N, full_start, full_end)
+            mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
 
-    l = row_total(l)
-    t = row_total(t)
-
+    if not BIAS:
+        m *= scale
     # Where no key was visible l is 0: out and entropy are 0 there, lse is -inf.
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
     out_pointers = Out + row[:, None] * stride_on
@@ -324,11 +333,9 @@ def attention_forward(
             mask=row_valid[:, None] & (e2[None, :] < E),
         )
     rows = head.to(tl.int64) * Nq + first + row
-    if SPLIT:
-        rows += tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles) * Nq
-    if Lse is not None:
-        tl.store(Lse + rows, (m + tl.math.log2(l)) * LN2, mask=row_valid)
     if ENTROPY:
         entropy = (tl.math.log2(l) - t * inverse) * LN2
         entropy = tl.where((l == 0.0) | (entropy < 0.0), 0.0, entropy)  # rounding may dip below 0
         tl.store(Entropy + rows, entropy, mask=row_valid)
+    if Lse is not None:
+        tl.store(Lse + rows, (m + tl.math.log2(l)) * LN2, mask=row_valid)

@@ -32,13 +32,6 @@ class Tile:
     num_warps: int
     num_stages: int
     spills: int = 0
-    # Keys at a time where some need checks, 0 for block_n: the checks' registers are wanting in the main loop as well.
-    edge_n: int = 0
-    lane_sums: bool = False  # the threads of a row keep sums of their own to the end
-
-    def __post_init__(self) -> None:
-        if self.edge_n and self.block_n % self.edge_n:
-            raise ValueError(f"edge_n must divide block_n, {self.block_n}, got {self.edge_n}")
 
 
 # architecture -> bits of the dtype -> largest head dim served -> tile
@@ -58,7 +51,8 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
         16: {
             16: Tile(128, 64, 4, 2), 32: Tile(128, 64, 4, 3, spills=16), 40: Tile(64, 64, 2, 2, spills=8),
             64: Tile(128, 64, 4, 2), 80: Tile(128, 64, 4, 2, spills=16), 96: Tile(128, 32, 4, 2, spills=8),
-            128: Tile(128, 32, 4, 3, spills=40), 192: Tile(128, 64, 8, 2, spills=40), 256: Tile(64, 32, 8, 1),
+            128: Tile(128, 32, 4, 3, spills=40), 160: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2, spills=40),
+            256: Tile(64, 32, 8, 1),
             512: Tile(64, 16, 8, 1),
         },
         32: {
@@ -131,14 +125,6 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     },
 }  # fmt: skip
 
-# Rows of the table that differ where the entropy is asked for, or there is a mask: both need registers.
-WITH_ENTROPY: dict[str, dict[int, dict[int, Tile]]] = {
-    "sm_80": {16: {64: Tile(256, 64, 8, 2, spills=8), 128: Tile(128, 32, 4, 3, edge_n=16, lane_sums=True)}}
-}
-WITH_MASK: dict[str, dict[int, dict[int, Tile]]] = {
-    "sm_80": {16: {128: Tile(128, 32, 4, 2, spills=168, edge_n=16, lane_sums=True)}}
-}
-
 
 _override: Tile | None = None
 _caches: list[Any] = []
@@ -169,22 +155,18 @@ def override(tile: Tile) -> Iterator[None]:
         reload()
 
 
-def find_tile(architecture: str, dtype: str, head_dim: int, entropy: bool = False, mask: bool = False) -> Tile:
+def find_tile(architecture: str, dtype: str, head_dim: int) -> Tile:
     """The tile for an architecture ("sm_80", "gfx942"), a dtype ("float16") and the larger of the two head dims."""
     if _override is not None:
         return _override
-    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim, entropy, mask)
+    return _find_tile(os.environ.get("ENTROPY_ATTN_TILES", ""), architecture, dtype, head_dim)
 
 
 @cached
-def _find_tile(path: str, architecture: str, dtype: str, head_dim: int, entropy: bool, mask: bool) -> Tile:
+def _find_tile(path: str, architecture: str, dtype: str, head_dim: int) -> Tile:
     rows = _overrides(path).get(architecture, {}).get(dtype, {})
     if not any(largest >= head_dim for largest in rows):
-        architecture, bits = table_architecture(architecture), 32 if dtype == "float32" else 16
-        rows = dict(TABLE[architecture][bits])
-        for applies, special in ((entropy, WITH_ENTROPY), (mask, WITH_MASK)):
-            if applies:
-                rows |= special.get(architecture, {}).get(bits, {})
+        rows = TABLE[table_architecture(architecture)][32 if dtype == "float32" else 16]
     return rows[min(largest for largest in rows if largest >= head_dim)]
 
 
@@ -199,7 +181,7 @@ def table_architecture(architecture: str) -> str:
 
 def constexprs(
     architecture: str, dtype: str, head_dim: int, value_dim: int, tile: Tile, *,
-    is_causal: bool, mask: str, mask_rows: bool, tf32: bool, stride_unit: int, wide: bool, split: bool = False,
+    is_causal: bool, mask: str, mask_rows: bool, tf32: bool, stride_unit: int, mask_unit: int, wide: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that is fixed when the kernel is compiled, by the names of its parameters.
 
@@ -211,18 +193,16 @@ def constexprs(
     # A row's columns lie side by side in its threads with matrix units, unless a full mask brings its own layout.
     # Elsewhere the compiler adds up a row as it likes.
     columns = 16 if table_architecture(architecture) == "gfx1100" else 8
-    known_layout = matrix_units and not mask_rows
-    partials = columns if known_layout else tile.block_n
+    partials = columns if matrix_units and not mask_rows else tile.block_n
     return {
         "D": head_dim, "D1": D1, "D2": D2, "E": value_dim, "E1": E1, "E2": E2,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "EDGE_N": (known_layout and tile.edge_n) or tile.block_n,
-        "PARTIALS": partials, "LANES": 4 if known_layout and tile.lane_sums else 1,
+        "PARTIALS": partials,
         "CAUSAL": is_causal, "MASK": mask, "MASK_ROWS": mask_rows,
         "PRECISION": ("tf32" if tf32 else "tf32x3") if matrix_units and architecture.startswith("sm_") else "ieee",
-        "STRIDE_UNIT": stride_unit, "WIDE": wide,
+        "STRIDE_UNIT": stride_unit, "MASK_UNIT": mask_unit, "WIDE": wide,
         # Values loaded before the softmax cost no registers during it; with small heads there are enough.
-        "VALUE_FIRST": max(head_dim, value_dim) > 96, "SPLIT": split,
+        "VALUE_FIRST": max(head_dim, value_dim) > 96,
     }  # fmt: skip
 
 

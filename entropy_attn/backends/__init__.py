@@ -1,6 +1,6 @@
 """Which backend runs a call. Each is a module with one function ``forward``, imported when first needed.
 
-``forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy) -> (out, lse, entropy)`` takes
+``forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse) -> (out, entropy, lse)`` takes
 tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float or a tensor expanded to (B, H); what
 was not asked for comes back as None.
 """
@@ -21,7 +21,7 @@ from entropy_attn.kernels.tiles import HEAD_DIMS
 BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}  # by the table's names
 TRITON_HEAD_DIMS = frozenset(HEAD_DIMS)
-Outputs = tuple[torch.Tensor, Any, Any]  # out, lse, entropy; what was not asked for is None
+Outputs = tuple[torch.Tensor, Any, Any]  # out, entropy, lse; what was not asked for is None
 _forwards: dict[tuple, Callable[..., Outputs]] = {}
 
 
@@ -101,13 +101,13 @@ def heads_lie_inside_tokens(tensor: torch.Tensor) -> bool:
     return of_head < of_token
 
 
-def new_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool, return_entropy: bool) -> Outputs:
-    """Uninitialised (out, lse, entropy): out in the memory order of query, as SDPA does it."""
+def new_outputs(query: torch.Tensor, value: torch.Tensor, return_entropy: bool, return_lse: bool) -> Outputs:
+    """Uninitialised (out, entropy, lse): out in the memory order of query, as SDPA does it."""
     B, H, Nq, _ = query.shape
     if heads_lie_inside_tokens(query):
         out = query.new_empty((B, Nq, H, value.shape[3])).transpose(1, 2)
     else:
         out = query.new_empty((B, H, Nq, value.shape[3]))
-    lse = query.new_empty((B, H, Nq), dtype=torch.float32) if return_lse else None
     entropy = query.new_empty((B, H, Nq), dtype=torch.float32) if return_entropy else None
-    return out, lse, entropy
+    lse = query.new_empty((B, H, Nq), dtype=torch.float32) if return_lse else None
+    return out, entropy, lse

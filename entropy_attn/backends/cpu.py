@@ -1,12 +1,17 @@
-"""CPU: PyTorch's own SDPA where that gives all that was asked for, else blocks of queries against all their keys.
+"""CPU: PyTorch's SDPA where it gives all that was asked for and is right, else some rows of queries against all keys.
 
-The block route computes in float32 (float64 for float64 inputs) and never holds more than a few blocks of scores, so
-its memory is linear in the number of tokens.
+The second way computes in float32 (float64 for float64 inputs). A worker thread holds BLOCK scores of a few heads, and
+their softmax, so memory is linear in the number of tokens. Each worker runs PyTorch on one thread: operators that
+share their work out among threads wait for the slowest of them, each one, and a busy machine makes that wait long.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -14,30 +19,51 @@ import torch.nn.functional as F
 
 from entropy_attn.backends import heads_lie_inside_tokens, new_outputs
 
-# A thread works on ROWS queries against KEYS keys at a time: with their exponentials they fit a core's level-2 cache.
-ROWS, KEYS = 512, 256
-# Logits known to stay within this need no running maximum: exp() is far from overflow and underflow, and
-# ln l - t/l loses at most LOGIT_BOUND * 2^-23 = 4e-6 nats to cancellation.
-LOGIT_BOUND = 30.0
-# Up to this head dim PyTorch's kernel spends its time on exponentials, and takes a value of twice the width for little.
-FLASH_HEAD_DIM = 16
-FLASH_LSE_BOUND = 15.0  # in magnitude; lse - λ q·(P K) is then right to 1e-5 nats
-LOWEST = torch.finfo(torch.float32).min
+BLOCK = 1 << 19  # scores that a worker holds at a time
+FEWEST_ROWS = 16  # of them at least, however many keys there are
+INLINE = 1 << 16  # calls of so few scores run in the calling thread
+# With fewer keys PyTorch's SDPA on the CPU gives 0 instead of NaN where a query is NaN (torch 2.13).
+SDPA_KEYS = 16
 
 
-def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
-    hides = is_causal or attn_mask is not None
+def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse):
+    B, H, Nq, _ = query.shape
+    Nk = key.shape[2]
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    clean = not hides or bool(key.isfinite().all() and value.isfinite().all())
-    if clean and key.shape[2] > 0 and not (return_lse or return_entropy or isinstance(scale, torch.Tensor)):
+        attn_mask = attn_mask.expand(B, H, Nq, Nk)
+    if not (return_lse or return_entropy) and _sdpa_is_right(query, key, value, attn_mask, scale, is_causal):
         return _sdpa(query, key, value, attn_mask, scale, is_causal)
-    result = None if hides else _flash(query, key, value, scale, return_lse, return_entropy)
-    if result is not None:
-        return result
-    if not clean:
-        value = _without_hidden(value, attn_mask, query.shape[1], query.shape[2])
-    return _blockwise(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy)
+    out, entropy, lse = new_outputs(query, value, return_entropy, return_lse)
+    call = _Call(query, key, value, attn_mask, scale, is_causal, out, entropy, lse)
+    threads = torch.get_num_threads()
+    if threads == 1 or B * H * Nq * Nk <= INLINE:
+        for part in _parts(query, Nk, threads):
+            _attend(call, part)
+    else:
+        for _ in _workers(threads, os.getpid()).map(functools.partial(_attend, call), _parts(query, Nk, threads)):
+            pass  # an error of a worker is raised here
+    return out, entropy, lse
+
+
+def _sdpa_is_right(query, key, value, attn_mask, scale, is_causal) -> bool:
+    """Whether PyTorch's SDPA can take the call and gives what `attention` promises."""
+    if isinstance(scale, torch.Tensor) or key.shape[2] < SDPA_KEYS:
+        return False
+    if is_causal and scale <= 0:  # NaN there (torch 2.13)
+        return False
+    if attn_mask is not None and query.dtype == torch.float64 and attn_mask.dtype == torch.float32:
+        return False  # read as float64 there (torch 2.13)
+    # A hidden key that is not finite reaches the output there.
+    return (attn_mask is None and not is_causal) or all(map(_is_finite, (query, key, value)))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are finite; False too where they are so large that their sum is not."""
+    return bool(tensor.sum(dtype=_compute_dtype(tensor)).isfinite())
+
+
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _sdpa(query, key, value, attn_mask, scale, is_causal):
@@ -54,162 +80,150 @@ def _sdpa(query, key, value, attn_mask, scale, is_causal):
     return out.copy_(result), None, None
 
 
-def _flash(query, key, value, scale, return_lse, return_entropy):
-    """PyTorch's own kernel attending to [K, V] in the place of V: H = lse - λ q·(P K). None where that is not the way.
-
-    It is for heads so small that the kernel's time goes into exponentials, and for rows whose lse is so small that the
-    difference loses no digits.
-    """
-    D = query.shape[3]
-    if query.dtype != torch.float32 or D > FLASH_HEAD_DIM or value.shape != key.shape or query.shape[1] != key.shape[1]:
-        return None
-    if isinstance(scale, torch.Tensor) or query.numel() == 0 or key.numel() == 0:
-        return None
-    both = torch.cat((key, value), -1)
-    attended, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        F.pad(query, (0, D)), both, both, scale=scale
-    )
-    if not -FLASH_LSE_BOUND <= float(row_lse.min()) <= float(row_lse.max()) <= FLASH_LSE_BOUND:
-        return None
-    out, lse, entropy = new_outputs(query, value, return_lse, return_entropy)
-    out.copy_(attended[..., D:])
-    if return_entropy:
-        score = attended[..., :D].mul_(query).sum(-1)
-        torch.sub(row_lse, score, alpha=scale, out=entropy).clamp_(min=0.0)  # rounding may dip below 0
-    return out, lse.copy_(row_lse) if return_lse else lse, entropy
+class _Call(NamedTuple):
+    query: torch.Tensor  # (B, H, Nq, D)
+    key: torch.Tensor  # (B, Hkv, Nk, D)
+    value: torch.Tensor  # (B, Hkv, Nk, Dv)
+    mask: torch.Tensor | None  # (B, H, Nq, Nk)
+    scale: float | torch.Tensor  # a tensor is (B, H)
+    is_causal: bool
+    out: torch.Tensor  # (B, H, Nq, Dv)
+    entropy: torch.Tensor | None  # (B, H, Nq)
+    lse: torch.Tensor | None  # (B, H, Nq)
 
 
-def _without_hidden(value, attn_mask, H, Nq):
-    """`value` with 0 in the rows that no query sees: 0 * NaN would carry them into the output."""
-    B, Hkv, Nk, _ = value.shape
-    if attn_mask is None:  # causal
-        seen = torch.arange(Nk, device=value.device) < Nq
+class _Part(NamedTuple):
+    """The queries `first` … `stop` of some heads of one batch entry."""
+
+    batch: int
+    heads: slice
+    first: int
+    stop: int
+
+
+def _parts(query: torch.Tensor, Nk: int, threads: int) -> Iterator[_Part]:
+    """A call cut into parts: small heads together, large ones each in several parts if there are few."""
+    B, H, Nq, _ = query.shape
+    heads = max(1, min(BLOCK // max(1, Nq * Nk), -(-H // threads)))
+    pieces = -(-4 * threads // max(1, B * H)) if threads > 1 else 1
+    rows = max(-(-Nq // pieces), min(Nq, _rows_at_once(1, Nk)), 1)
+    for b in range(B):
+        for h in range(0, H, heads):
+            for first in range(0, Nq, rows):
+                yield _Part(b, slice(h, min(h + heads, H)), first, min(first + rows, Nq))
+
+
+def _rows_at_once(heads: int, Nk: int) -> int:
+    return max(FEWEST_ROWS, BLOCK // max(1, heads * Nk))
+
+
+@torch.inference_mode()
+def _attend(call: _Call, part: _Part) -> None:
+    """Compute one part of a call, a few rows at a time, and write it to the outputs."""
+    dtype = _compute_dtype(call.query)
+    batch, heads = part.batch, part.heads
+    Nk, queries_per_kv = call.key.shape[2], call.query.shape[1] // call.key.shape[1]
+    # (g, Nk, D) and (g, Nk, Dv) for g heads; of heads that share keys, one at a time is a view.
+    kv = heads
+    if queries_per_kv > 1:
+        g = heads.stop - heads.start
+        kv = slice(heads.start // queries_per_kv, heads.start // queries_per_kv + 1)
+        if g > 1:
+            kv = torch.arange(heads.start, heads.stop) // queries_per_kv
+    key, value = call.key[batch, kv].to(dtype), call.value[batch, kv].to(dtype)
+    mask = None if call.mask is None else call.mask[batch, heads]
+    if (mask is not None or call.is_causal) and not _is_finite(value):
+        value = _without_hidden(value, mask, call.query.shape[2])
+    scale = call.scale[batch, heads, None, None].to(dtype) if isinstance(call.scale, torch.Tensor) else call.scale
+
+    step = _rows_at_once(key.shape[0], Nk)
+    for first in range(part.first, part.stop, step):
+        rows = slice(first, min(first + step, part.stop))
+        keys = min(Nk, rows.stop) if call.is_causal else Nk
+        hidden = None
+        if mask is not None:
+            hidden = mask[:, rows]
+        elif call.is_causal and keys > first + 1:
+            hidden = torch.ones((rows.stop - first, keys), dtype=torch.bool).tril(first)
+        query = call.query[batch, heads, rows].to(dtype) * scale
+        out, entropy, lse = _softmax(query, key[:, :keys], value[:, :keys], hidden)
+        call.out[batch, heads, rows] = out
+        if call.entropy is not None:
+            call.entropy[batch, heads, rows] = entropy
+        if call.lse is not None:
+            call.lse[batch, heads, rows] = lse
+
+
+def _softmax(query, key, value, mask):
+    """out (g, r, Dv), entropy and lse (g, r) of queries (g, r, D), scaled, against keys (g, n, D) and values (g, n, Dv)
+    under a mask that broadcasts to (g, r, n), or None."""
+    g, r, n = query.shape[0], query.shape[1], key.shape[1]
+    if n == 0:
+        return 0.0, 0.0, -torch.inf
+    scores, weights = _scratch(2 * g * r * n, query.dtype).view(2, g, r, n).unbind()
+    torch.bmm(query, key.mT, out=scores)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            scores.add_(mask)
+        scores.masked_fill_(~mask if mask.dtype == torch.bool else mask == -torch.inf, -torch.inf)
+    peak = scores.amax(-1, keepdim=True)  # (g, r, 1)
+    no_key = peak == -torch.inf
+    scores.sub_(peak.masked_fill(no_key, 0.0))  # centred: an offset of all logits costs the entropy no digits
+    torch.softmax(scores, -1, out=weights)
+    if mask is not None:
+        weights.masked_fill_(no_key, 0.0)
+        scores.clamp_(min=-1000.0)  # a hidden key has weight 0, and 0 * -inf must be 0
+    out = torch.bmm(weights, value)
+    # The highest score, 0 now, has the weight 1 / l with l = Σ exp(score): ln l comes from there.
+    log_sum = weights.amax(-1).log_().neg_()
+    entropy = log_sum - scores.mul_(weights).sum(-1)
+    no_key, peak = no_key.squeeze(-1), peak.squeeze(-1)
+    entropy = entropy.clamp_(min=0.0).masked_fill_(no_key, 0.0)  # rounding may dip below 0
+    return out, entropy, (peak + log_sum).masked_fill_(no_key, -torch.inf)
+
+
+def _without_hidden(value: torch.Tensor, mask: torch.Tensor | None, Nq: int) -> torch.Tensor:
+    """Values (g, Nk, Dv) with 0 in the rows that no query sees: 0 * NaN would carry them into the output."""
+    if mask is None:  # causal
+        seen = torch.arange(value.shape[1]) < Nq
     else:
-        # Along the axes it was expanded over, once is enough.
-        compact = attn_mask[tuple(slice(1 if stride == 0 else None) for stride in attn_mask.stride())]
-        seen = (~_hidden(compact)).any(dim=-2).expand(B, H, Nk)
-        seen = seen.unflatten(1, (Hkv, H // Hkv)).any(dim=2)
+        # (g, Nq, Nk); where all queries share a mask, one row of it is enough.
+        mask = mask[:, :1] if mask.stride(1) == 0 else mask
+        seen = (mask if mask.dtype == torch.bool else mask != -torch.inf).any(1)
     return value.masked_fill(~seen.unsqueeze(-1), 0.0)
 
 
-def _hidden(mask: torch.Tensor) -> torch.Tensor:
-    return ~mask if mask.dtype == torch.bool else mask == float("-inf")
+_of_thread = threading.local()
 
 
-class _Group(NamedTuple):
-    """Some batch entries and heads, g of them in all, that are worked on together; in the dtype to compute in."""
-
-    batch: slice
-    heads: slice
-    query: torch.Tensor  # (g, Nq, D), scaled
-    key: torch.Tensor  # (g, D, Nk)
-    value: torch.Tensor  # (g, Nk, Dv)
-
-
-class _Rows(NamedTuple):
-    """The running softmax of g * r rows: the formulas of `kernels.attention`, in base e."""
-
-    peak: torch.Tensor  # (g, r): m
-    total: torch.Tensor  # (g, r): l
-    centred: torch.Tensor  # (g, r): t
-    acc: torch.Tensor  # (g, r, Dv)
+def _scratch(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the running thread for scores. It is kept up to its usual size: fresh pages cost a fifth of the time
+    of a head of 1024 tokens."""
+    if elements > 2 * BLOCK:
+        return torch.empty(elements, dtype=dtype)
+    kept = getattr(_of_thread, "scratch", None)
+    if kept is None:
+        kept = _of_thread.scratch = torch.empty(2 * BLOCK, dtype=torch.float64)
+    return kept.view(dtype)[:elements]
 
 
-def _blockwise(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
-    out, lse, entropy = new_outputs(query, value, return_lse, return_entropy)
-    B, H, Nq, _ = query.shape
-    Nk, Dv = value.shape[2:]
-    if B * H * Nq == 0:
-        return out, lse, entropy
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    r, n = min(ROWS, Nq), max(1, min(KEYS, Nk))
-    together = torch.get_num_threads() * max(1, ROWS * KEYS // (r * n))
-    scratch = torch.empty((2, min(together, B * H) * r * n), dtype=compute, device=query.device)
+@functools.cache
+def _workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads on which PyTorch runs each operator on one thread; of this process, since a fork has none of them."""
+    started = threading.Barrier(threads + 1)
 
-    for group in _groups(query, key, value, scale, together, compute):
-        g = group.query.shape[0]
-        bounded = (attn_mask is None or attn_mask.dtype == torch.bool) and _is_bounded(group)
-        mask = None if attn_mask is None else attn_mask[group.batch, group.heads]
-        peak = group.query.new_full((g, Nq), 0.0 if bounded else LOWEST)
-        total, centred = group.query.new_zeros((2, g, Nq))
-        keys = [(j, group.key[..., j : j + n], group.value[:, j : j + n]) for j in range(0, Nk, n)]
-        for start in range(0, Nq, r):
-            rows = slice(start, min(start + r, Nq))
-            q = group.query[:, rows]
-            state = _Rows(peak[:, rows], total[:, rows], centred[:, rows], q.new_zeros((g, q.shape[1], Dv)))
-            for first, k, v in keys:
-                if is_causal and first >= rows.stop:
-                    break
-                block_mask = None if mask is None else mask[:, :, rows, first : first + n].flatten(0, 1)
-                if is_causal and first + n > start + 1:
-                    block_mask = k.new_ones((q.shape[1], k.shape[2]), dtype=torch.bool).tril(start - first)
-                _attend(state, q, k, v, block_mask, bounded, scratch)
-            divisor = state.total.where(state.total != 0, 1.0)  # rows that saw no key stay 0
-            target = out[group.batch, group.heads, rows]
-            target.copy_(state.acc.div_(divisor.unsqueeze(-1)).view(target.shape))
-        if return_lse:
-            rows_lse = peak + total.log()
-            lse[group.batch, group.heads] = rows_lse.view(target.shape[0], -1, Nq)
-        if return_entropy:
-            rows_entropy = (total.log() - centred / total).clamp(min=0.0)  # rounding may dip below 0
-            entropy[group.batch, group.heads] = rows_entropy.where(total != 0, 0.0).view(target.shape[0], -1, Nq)
-    return out, lse, entropy
+    def start() -> None:
+        # A parallel operator: OpenMP now counts more threads than cores, and those that wait for work, after PyTorch's
+        # own operators, sleep at once. Spinning, they took 5 ms of a core from the workers (1.9 -> 1.4 times SDPA's
+        # time at 1024 tokens).
+        torch.zeros(1 << 16).add_(1)
+        torch.set_num_threads(1)  # of this thread, but also what threads started from now on begin with
+        started.wait()
 
-
-def _attend(rows: _Rows, query, key, value, mask, bounded: bool, scratch) -> None:
-    """Fold the keys (g, D, n) and values (g, n, Dv) into the rows of query (g, r, D), in place."""
-    g, r, n = query.shape[0], query.shape[1], key.shape[2]
-    scores, weights = scratch[:, : g * r * n].view(2, g, r, n).unbind()
-    torch.bmm(query, key, out=scores)
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            scores += mask
-        scores.masked_fill_(_hidden(mask), float("-inf"))
-    if not bounded:
-        _raise_peak(rows, scores)
-    torch.exp(scores, out=weights)
-    if mask is not None:
-        scores.clamp_(min=-1000.0)  # a hidden key has weight 0, and 0 * -inf must be 0
-    scores *= weights
-    rows.total.add_(weights.sum(dim=-1))
-    rows.centred.add_(scores.sum(dim=-1))
-    torch.baddbmm(rows.acc, weights, value, out=rows.acc)
-
-
-def _raise_peak(rows: _Rows, scores: torch.Tensor) -> None:
-    """Move the running maximum to that of `scores` too, and make the scores relative to it."""
-    peak = torch.maximum(rows.peak, scores.amax(dim=-1))
-    drop = rows.peak - peak
-    decay = drop.exp()
-    rows.centred.addcmul_(rows.total, drop).mul_(decay)
-    rows.total.mul_(decay)
-    rows.acc.mul_(decay.unsqueeze(-1))
-    rows.peak.copy_(peak)
-    scores -= peak.unsqueeze(-1)
-
-
-def _is_bounded(group: _Group) -> bool:
-    """Whether no logit of the group can exceed LOGIT_BOUND: |q·k| <= |q| |k|."""
-    if group.key.shape[2] == 0:
-        return True
-    longest = (group.query * group.query).sum(2).amax(1) * (group.key * group.key).sum(1).amax(1)
-    return bool((longest <= LOGIT_BOUND**2).all())
-
-
-def _groups(query, key, value, scale, together: int, compute: torch.dtype) -> Iterator[_Group]:
-    """Cut batch and heads into groups of at most `together`."""
-    B, H, _, _ = query.shape
-    queries_per_kv = H // key.shape[1]
-    heads_step = min(H, together)
-    batch_step = max(1, together // H)
-    for b in range(0, B, batch_step):
-        for h in range(0, H, heads_step):
-            batch, heads = slice(b, min(b + batch_step, B)), slice(h, min(h + heads_step, H))
-            kv = heads
-            if queries_per_kv > 1:
-                kv = torch.arange(heads.start, heads.stop, device=key.device) // queries_per_kv
-            q = query[batch, heads].to(compute)
-            q = q * (scale[batch, heads, None, None].to(compute) if isinstance(scale, torch.Tensor) else scale)
-            k = key[batch, kv].to(compute).mT.contiguous()
-            v = value[batch, kv].to(compute)
-            yield _Group(batch, heads, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    workers = ThreadPoolExecutor(threads, "entropy_attn")
+    starting = [workers.submit(start) for _ in range(threads)]
+    started.wait()
+    for each in starting:
+        each.result()
+    torch.set_num_threads(threads)  # what threads started from now on begin with, as before
+    return workers

@@ -7,8 +7,8 @@ import torch
 from entropy_attn.backends import new_outputs
 
 
-def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_entropy):
-    out, lse, entropy = new_outputs(query, value, return_lse, return_entropy)
+def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse):
+    out, entropy, lse = new_outputs(query, value, return_entropy, return_lse)
     groups = query.shape[1] // max(1, key.shape[1])
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
     if isinstance(scale, torch.Tensor):
@@ -35,4 +35,4 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_lse, return_e
         lse.copy_(scores.logsumexp(dim=-1))
     if return_entropy:
         entropy.copy_(-(p * log_p.masked_fill(p == 0, 0.0)).sum(dim=-1))
-    return out, lse, entropy
+    return out, entropy, lse
