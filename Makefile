@@ -1,23 +1,38 @@
-# Each target sets up .venv by itself on a fresh machine.
+# Each target sets up its environment by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-gpu bench lint clean
+.PHONY: test test-slow test-gpu test-oldest test-newest test-machines fuzz bench demo lint clean
 
-demo: $(READY)
-	$(BIN)/python benchmarks/demo.py --out demo.png
-
+# Everything that needs no GPU.
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# What takes minutes: the whole compile matrix, Inductor (which needs a C++ compiler), every way of installing.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# The same cases on a CUDA or ROCm device.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
 
-# What this machine can run; the scripts that need a GPU say so and are passed over without one.
+# The tests with the oldest versions that the README names, and with the newest. Each downloads several GB once.
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest
+
+test-newest: .venv-newest/.ready
+	.venv-newest/bin/python -m pytest
+
+# The tests under the arithmetic of other processors.
+test-machines: $(READY)
+	$(BIN)/python tests/machines.py
+
+# Random calls, valid and not, against the definition in float64.
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py
+
+# What this machine can run. The scripts that need a GPU say so and are passed over without one.
 bench: $(READY)
 	$(BIN)/python benchmarks/host_overhead.py
 	$(BIN)/python benchmarks/cpu.py
@@ -26,15 +41,24 @@ bench: $(READY)
 	$(BIN)/python benchmarks/compile_report.py
 	$(BIN)/python benchmarks/throughput.py || test $$? -eq 2
 
+# The picture of the README, in demo.png.
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py --out demo.png
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png
 
-$(READY): pyproject.toml setup.cfg constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
-	touch $@
+.venv/.ready: constraints.txt
+.venv-oldest/.ready: constraints-oldest.txt
+.venv-newest/.ready: constraints-newest.txt
+# -qq leaves pip's errors and drops its notes.
+%/.ready: pyproject.toml setup.cfg
+	@echo "Setting up $* with the versions of $(filter constraints%,$^)"
+	@$(PYTHON) -m venv $*
+	@$*/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c $(filter constraints%,$^)
+	@touch $@
