@@ -1,1 +1,0 @@
-"""Device code of entropy_attn and the tables that decide its shape. Installed as ``entropy_attn.kernels``."""
