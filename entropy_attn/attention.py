@@ -66,7 +66,7 @@ def attention(
         backend: "auto" (the Triton kernel on a GPU, "cpu" on the CPU), "triton", "cpu", or "reference" (textbook in
             float64, any device, O(Nq * Nk) memory). `explain` tells which one runs a call and why.
 
-    Under `torch.autocast` query, key, value and a floating mask are cast as SDPA casts them; λ, entropy and lse are not.
+    Under `torch.autocast` query, key, value and a floating mask are cast as for SDPA; λ, entropy and lse are not.
 
     Returns:
         The output, in the shape of query with Dv for D, the dtype of query, and query's memory order; or, with

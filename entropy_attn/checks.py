@@ -15,27 +15,23 @@ LARGEST_SCALE = torch.finfo(torch.float32).max * math.log(2.0)
 LARGEST_INT = 2**63 - 1
 
 
-def tensors(**named) -> None:
-    """Raise unless each is None or a tensor whose data is what it means: strided, and of no subclass that changes it."""
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.is_nested or tensor.layout != torch.strided:
-            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-            raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
-        if not _is_plain(type(tensor)):
-            raise TypeError(
-                f"{name} must be a plain torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}, "
-                "which may mean something else than its data says"
-            )
+def plain_tensor(name: str, tensor) -> None:
+    """Raise unless it is a strided tensor, and of no subclass whose data may not be what it means."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_type_of(tensor)}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
+    if not _is_plain(type(tensor)):
+        raise TypeError(
+            f"{name} must be a plain torch.Tensor, got {_type_of(tensor)}, whose data may not be what it means"
+        )
 
 
 def _is_plain(kind: type) -> bool:
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return True
-    if kind.__module__.startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
+    if _module(kind).startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
         return True
     same_function = getattr(kind.__torch_function__, "__func__", None) is torch.Tensor.__torch_function__.__func__
     return same_function and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
@@ -43,7 +39,7 @@ def _is_plain(kind: type) -> bool:
 
 def without_causal_bias(attn_mask, is_causal, query, key):
     """(attn_mask, is_causal) for a mask of `torch.nn.attention.bias`, whose data is not its meaning; else as given."""
-    if not isinstance(attn_mask, torch.Tensor) or not type(attn_mask).__module__.startswith("torch.nn.attention"):
+    if not isinstance(attn_mask, torch.Tensor) or not _module(type(attn_mask)).startswith("torch.nn.attention"):
         return attn_mask, is_causal
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
@@ -67,10 +63,7 @@ def bhnd(query, key, value, layout):
     if layout not in ("bhnd", "bnhd"):
         raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.is_nested or tensor.layout != torch.strided:
-            tensors(**{name: tensor})
+        plain_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 axes ({', '.join(layout.upper())}), got shape {tuple(tensor.shape)}")
     if layout == "bnhd":
@@ -111,14 +104,18 @@ def real(name: str, value, kinds: str = "a float"):
 
 def _type_of(value) -> str:
     kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return kind.__name__ if _module(kind) in ("", "builtins") else f"{_module(kind)}.{kind.__name__}"
+
+
+def _module(kind: type) -> str:
+    return getattr(kind, "__module__", "")  # a class made by type() may have none
 
 
 def operator_arguments(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, train_tokens, train_entropy, num_tokens,
     layout, return_entropy, return_lse, backend,
 ):  # fmt: skip
-    """The arguments of the operator from those of `attention`. Raises TypeError or ValueError for what cannot be run."""
+    """The arguments of the operator from those of `attention`; TypeError or ValueError for what cannot be run."""
     query, key, value = bhnd(query, key, value, layout)
     is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
     return_entropy, return_lse = flag("return_entropy", return_entropy), flag("return_lse", return_lse)
@@ -129,8 +126,7 @@ def operator_arguments(
         raise ValueError(f"dropout_p must be 0, got {dropout_p}: this is attention for inference")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask cannot be given together: put the causal part into attn_mask")
-    tensors(query=query, key=key, value=value, attn_mask=attn_mask)
-    _check_tensors(query, key, value)
+    _check_dtypes(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(attn_mask, query, key)
@@ -156,13 +152,13 @@ def operator_arguments(
 def dtype_of(tensor: torch.Tensor) -> torch.dtype:
     """The dtype the operator takes a tensor in: under autocast, as for SDPA, all floating ones but float64 are cast."""
     device = tensor.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        if tensor.is_floating_point() and tensor.dtype != torch.float64:
-            return torch.get_autocast_dtype(device)
+    cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if cast and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return tensor.dtype
 
 
-def _check_tensors(query, key, value) -> None:
+def _check_dtypes(query, key, value) -> None:
     dtype, device = dtype_of(query), query.device
     if dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
@@ -198,6 +194,7 @@ def _check_shapes(query, key, value, enable_gqa) -> None:
 
 
 def _check_mask(attn_mask, query, key) -> None:
+    plain_tensor("attn_mask", attn_mask)
     dtype, mask_dtype = dtype_of(query), dtype_of(attn_mask)
     if mask_dtype not in (torch.bool, torch.float32, dtype):
         raise ValueError(f"attn_mask must be of torch.bool, torch.float32 or {dtype}, got {attn_mask.dtype}")
@@ -227,7 +224,7 @@ def _check_rule(scale, train_tokens, train_entropy, num_tokens) -> None:
 
 
 def _check_scale_tensor(scale, query) -> None:
-    tensors(scale=scale)
+    plain_tensor("scale", scale)
     if scale.dtype != torch.float32 and not scale.dtype == query.dtype == torch.float64:
         raise ValueError(f"scale must be a float32 tensor (or float64 with float64 query), got {scale.dtype}")
     if scale.device != query.device:

@@ -6,8 +6,6 @@ import dataclasses
 import inspect
 from typing import Any
 
-import torch
-
 from entropy_attn import checks
 from entropy_attn.attention import attention
 from entropy_attn.backends import choose

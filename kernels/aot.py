@@ -63,7 +63,8 @@ def compile_kernel(
     tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim))
     constants = tiles.constexprs(
         architecture, dtype, head_dim, value_dim, tile,
-        is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, mask_unit=mask_unit, wide=wide,
+        is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, mask_unit=mask_unit,
+        wide=wide,
     )  # fmt: skip
     element = _TYPES[dtype]
     pointers = {

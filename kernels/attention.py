@@ -82,13 +82,10 @@ def attend(
         s = tl.dot(q2, k2, s, input_precision=PRECISION)
 
     if BIAS:
-        bias = tl.maximum(mask * LOG2E, LOWEST)  # what is finite in base e stays so in base 2
         if MASK_ROWS:
-            s = tl.where(mask == float("-inf"), float("-inf"), tl.fma(s, scale, bias))
+            s = tl.where(mask == float("-inf"), float("-inf"), tl.fma(s, scale, mask))
         else:
-            s = tl.where((mask == float("-inf"))[None, :], float("-inf"), tl.fma(s, scale, bias[None, :]))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        x = s - m_new[:, None]
+            s = tl.where((mask == float("-inf"))[None, :], float("-inf"), tl.fma(s, scale, mask[None, :]))
     else:
         if MASK_ROWS:
             s = tl.where(mask == 0.0, s, float("-inf"))
@@ -98,15 +95,15 @@ def attend(
             s = tl.where((mask == 0.0)[None, :], s, float("-inf"))
         elif EDGE:  # K is 0 there, and adding -inf hides it
             s += tl.where(key_inside, 0.0, float("-inf"))[None, :]
-        if EDGE:  # m is in units of the scores, which may be of any size
-            m_new = tl.maximum(m, tl.max(s, 1))
-            x = (s - m_new[:, None]) * scale
-        else:  # one instruction a score, good up to HUGE; its product is not rounded: an offset costs no digits
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            x = tl.fma(s, scale, -m_new[:, None])
-    d = (m - m_new) * scale if EDGE and not BIAS else m - m_new
-    if EDGE or BIAS:
-        d = tl.maximum(d, -1000.0)  # from the first pivot it may overflow, and nothing times -inf is not 0
+    if EDGE or BIAS:  # m is in units of s, which may be of any size
+        unit = LOG2E if BIAS else scale
+        m_new = tl.maximum(m, tl.max(s, 1))
+        x = (s - m_new[:, None]) * unit
+        d = tl.maximum((m - m_new) * unit, -1000.0)  # from the first pivot it may overflow, and 0 * -inf is not 0
+    else:  # one instruction a score, right up to HUGE; its product is not rounded: an offset costs no digits
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        x = tl.fma(s, scale, -m_new[:, None])
+        d = m - m_new
     a = tl.math.exp2(d)
     if VALUE_FIRST:
         acc1 = acc1 * a[:, None]
@@ -209,7 +206,9 @@ def attention_forward(
     if Scale is not None:
         scale = tl.load(Scale + b * stride_sb + h * stride_sh)
     sign = tl.where(scale < 0, -1.0, 1.0)
-    scale = tl.where(scale == 0.0, TINY, tl.abs(scale)) * LOG2E  # positive: max and scale commute
+    scale = tl.where(scale == 0.0, TINY, tl.abs(scale))  # positive: max and scale commute
+    if MASK != "bias":
+        scale *= LOG2E
 
     c1 = tl.arange(0, D1)
     e1 = tl.arange(0, E1)
@@ -316,8 +315,6 @@ def attention_forward(
             start = edge_block(block + BLOCK_N, full_start, full_end)
             mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
 
-    if not BIAS:
-        m *= scale
     # Where no key was visible l is 0: out and entropy are 0 there, lse is -inf.
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
     out_pointers = Out + row[:, None] * stride_on
@@ -338,4 +335,5 @@ def attention_forward(
         entropy = tl.where((l == 0.0) | (entropy < 0.0), 0.0, entropy)  # rounding may dip below 0
         tl.store(Entropy + rows, entropy, mask=row_valid)
     if Lse is not None:
-        tl.store(Lse + rows, (m + tl.math.log2(l)) * LN2, mask=row_valid)
+        nats = 1.0 if BIAS else scale * LN2  # of a unit of m
+        tl.store(Lse + rows, m * nats + tl.math.log2(l) * LN2, mask=row_valid)

@@ -20,6 +20,7 @@ def tensors(B=2, H=4, Hkv=4, Nq=6, Nk=5, D=8, Dv=8, dtype=torch.float32):
 
 META = torch.zeros(2, 4, 5, 8, device="meta")
 MASK = torch.ones(2, 1, 6, 5, dtype=torch.bool)
+FINITE = r"scale must be finite \(at most 2.359e\+38 in magnitude\), got "
 
 CASES = {
     "query not a tensor": (dict(query=[1.0]), TypeError, "query must be a tensor, got list"),
@@ -41,9 +42,9 @@ CASES = {
     "mask device": (dict(attn_mask=MASK.to("meta")), ValueError, "attn_mask must be on the device of query"),
     "mask shape": (dict(attn_mask=MASK[:, :, :4]), ValueError, r"\(2, 4, 6, 5\).*got shape \(2, 1, 4, 5\)"),
     "mask with 1 axis": (dict(attn_mask=MASK[0, 0, 0]), ValueError, r"from 2 to 4 axes, got shape \(5,\)"),
-    "scale infinite": (dict(scale=math.inf), ValueError, r"scale must be finite \(at most 2.359e\+38 in magnitude\), got inf"),
-    "scale nan": (dict(scale=math.nan), ValueError, r"scale must be finite \(at most 2.359e\+38 in magnitude\), got nan"),
-    "scale beyond float32": (dict(scale=1e39), ValueError, r"scale must be finite \(at most 2.359e\+38 in magnitude\), got 1e\+39"),
+    "scale infinite": (dict(scale=math.inf), ValueError, FINITE + "inf"),
+    "scale nan": (dict(scale=math.nan), ValueError, FINITE + "nan"),
+    "scale beyond float32": (dict(scale=1e39), ValueError, FINITE + r"1e\+39"),
     "scale a string": (dict(scale="0.1"), TypeError, "scale must be a float or a tensor, got str"),
     "scale shape": (dict(scale=torch.ones(4)), ValueError, r"shape \(\), \(B,\) = \(2,\) or .*got \(4,\)"),
     "scale dtype": (dict(scale=torch.ones(2).half()), ValueError, "scale must be a float32 tensor .*got torch.float16"),

@@ -49,12 +49,19 @@ def _sdpa_is_right(query, key, value, attn_mask, scale, is_causal) -> bool:
     """Whether PyTorch's SDPA can take the call and gives what `attention` promises."""
     if isinstance(scale, torch.Tensor) or key.shape[2] < SDPA_KEYS:
         return False
+    if not all(map(_rows_lie_apart, (query, key, value))):
+        return False
     if is_causal and scale <= 0:  # NaN there (torch 2.13)
         return False
     if attn_mask is not None and query.dtype == torch.float64 and attn_mask.dtype == torch.float32:
         return False  # read as float64 there (torch 2.13)
     # A hidden key that is not finite reaches the output there.
     return (attn_mask is None and not is_causal) or all(map(_is_finite, (query, key, value)))
+
+
+def _rows_lie_apart(tensor: torch.Tensor) -> bool:
+    """Whether no two tokens share memory, as after .expand(): SDPA then reads what is not there (torch 2.13)."""
+    return tensor.stride(3) != 1 or tensor.stride(2) >= tensor.shape[3] or tensor.shape[2] == 1
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

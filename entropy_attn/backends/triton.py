@@ -20,7 +20,7 @@ _HERE = contextlib.nullcontext()
 def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse):
     out, entropy, lse = new_outputs(query, value, return_entropy, return_lse)
     B, H, Nq, D = query.shape
-    _, _, Nk, Dv = value.shape
+    Dv = value.shape[3]
     if B * H * Nq == 0:
         return out, entropy, lse
     # The kernel reads rows of consecutive elements; a tensor that has none is copied.
