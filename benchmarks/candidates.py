@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+
 from entropy_attn.kernels import aot, tiles
 from entropy_attn.kernels.tiles import Tile
 
@@ -23,7 +24,7 @@ def around(tile: Tile) -> list[Tile]:
     grid = [
         dataclasses.replace(
             tile, block_m=int(tile.block_m * m), block_n=int(tile.block_n * n), num_warps=int(tile.num_warps * w),
-            num_stages=tile.num_stages + stages, spills=0, edge_n=min(tile.edge_n, int(tile.block_n * n)),
+            num_stages=tile.num_stages + stages, spills=0,
         )
         for m, n, w, stages in factors
     ]  # fmt: skip

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import harness
 import sass
 import triton
-from entropy_attn.kernels import aot, tiles
 from occupancy import occupancy
 from tqdm import tqdm
+
+from entropy_attn.kernels import aot, tiles
 
 HEAD_DIMS = {"sm_80": (40, 64, 72, 80, 96, 128, 160, 256)}
 MAIN_HEAD_DIMS = (40, 64, 80, 128, 160, 256)
@@ -51,7 +52,7 @@ class Case(NamedTuple):
 def measure(case: Case) -> dict[str, Any]:
     """A row of the report."""
     masked = "mask" in MASKS[case.mask]
-    tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim, case.entropy, masked)
+    tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim)
     row = {**case._asdict(), "status": STATUS, "tile": dataclasses.asdict(tile)}
     try:
         kernel = aot.compile_kernel(
@@ -88,9 +89,7 @@ def assembler_versions() -> dict[str, str]:
 
 
 def tile_text(tile: dict[str, Any]) -> str:
-    text = f"{tile['block_m']}x{tile['block_n']}, {tile['num_warps']} warps, {tile['num_stages']} stages"
-    text += f", edges of {tile['edge_n']}" if tile["edge_n"] else ""
-    return text + (", sums by thread" if tile["lane_sums"] else "")
+    return f"{tile['block_m']}x{tile['block_n']}, {tile['num_warps']} warps, {tile['num_stages']} stages"
 
 
 def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -4,9 +4,9 @@ Triton's own launcher is put out of action, so that everything before it is meas
 scale, the operator, the choice of the tile and the launcher's arguments. One thread, tensors so small that the
 arithmetic takes no time; the calls run in turn, and the quickest of the rounds counts, as anything else is disturbance.
 
-"part" rows are steps of the call "launch" by themselves; from "operator" on, each is inside the one before it, but for
-the last, the way that is taken when something watches. Where there is a GPU, "GPU" rows are whole calls on it, with
-Triton's launcher and SDPA's kernels behind them: still the time on the host only.
+"part" rows are steps of the call "launch" by themselves; from "operator" on, each is inside the one before it. Where
+there is a GPU, "GPU" rows are whole calls on it, with Triton's launcher and SDPA's kernels behind them: still the time
+on the host only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 import harness
 import torch.nn.functional as F
 
-from entropy_attn import attention, checks, op
+from entropy_attn import attention, checks
 
 LIMITS = {"launch": 25.0, "cpu": 15.0}  # microseconds, see `ways`
 
@@ -68,15 +68,13 @@ def parts(device: str) -> dict[str, Callable]:
     from entropy_attn.backends import new_outputs, triton
 
     query, key, value = inputs(device)
-    options = (None, 0, False, None, False, None, 0, None, False, False, "triton")
+    options = (None, 0, False, None, False, None, 0, None, "bhnd", False, False, "triton")
     call = (query, key, value, None, None, None, None, 0, None, False, False, False, "triton")
     return {
-        "part: checks": lambda: checks.check(*checks.bhnd(query, key, value, "bhnd"), *options),
-        "part: operator": lambda: op.call(*call),
-        "part: scale, backend and launch": lambda: op.forward(*call),
+        "part: checks": lambda: checks.operator_arguments(query, key, value, *options),
+        "part: operator": lambda: torch.ops.entropy_attn.attention(*call),
         "part: launch": lambda: triton.forward(query, key, value, None, 0.25, False, False, False),
         "part: new outputs": lambda: new_outputs(query, value, False, False),
-        "part: through the dispatcher": lambda: torch.ops.entropy_attn.attention(*call),
     }
 
 

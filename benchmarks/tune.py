@@ -26,11 +26,11 @@ from typing import Any
 import harness
 import torch
 from candidates import candidates, compile_obstacle, first_line, label, parameters, read, store
-from entropy_attn.kernels import tiles
-from entropy_attn.kernels.tiles import Tile
 from tqdm import tqdm
 
 from entropy_attn import attention
+from entropy_attn.kernels import tiles
+from entropy_attn.kernels.tiles import Tile
 
 Timer = Callable[[dict[str, Callable[[], Any]], int, str], dict[str, list[float]]]
 ENOUGH = 0.98  # of the time of the present tile

@@ -19,13 +19,13 @@ def plain_tensor(name: str, tensor) -> None:
     """Raise unless it is a strided tensor, and of no subclass whose data may not be what it means."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {_type_of(tensor)}")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
     if not _is_plain(type(tensor)):
         raise TypeError(
             f"{name} must be a plain torch.Tensor, got {_type_of(tensor)}, whose data may not be what it means"
         )
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
 
 
 def _is_plain(kind: type) -> bool:

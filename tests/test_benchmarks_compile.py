@@ -186,8 +186,6 @@ def test_candidates():
     assert found[present] is None
     assert len({candidates.label(tile) for tile in found}) == len(found) > 20
     assert all(16 <= tile.block_n <= 256 and 1 <= tile.num_stages <= 4 for tile in found)
-    narrow = candidates.around(tiles.Tile(64, 32, 4, 2, edge_n=32))
-    assert {(tile.block_n, tile.edge_n) for tile in narrow} == {(16, 16), (32, 32), (64, 32)}
     large = tiles.Tile(16, 256, 8, 4)
     assert "KiB of shared memory" in candidates.obstacle("sm_80", "float16", 128, large)
     assert "registers of 255" in candidates.obstacle("sm_80", "float16", 128, tiles.Tile(256, 128, 4, 1))

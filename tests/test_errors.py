@@ -2,9 +2,13 @@
 
 import math
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
+from torch.masked import masked_tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import entropy_attn.backends
 from entropy_attn import attention, explain
@@ -16,6 +20,32 @@ def tensors(B=2, H=4, Hkv=4, Nq=6, Nk=5, D=8, Dv=8, dtype=torch.float32):
         "key": torch.zeros(B, Hkv, Nk, D, dtype=dtype),
         "value": torch.zeros(B, Hkv, Nk, Dv, dtype=dtype),
     }
+
+
+def as_masked(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype of PyTorch
+        return masked_tensor(data, data)
+
+
+def as_nested(data, layout=torch.strided):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype of PyTorch
+        return torch.nested.nested_tensor(data, layout=layout)
+
+
+class Doubled(torch.Tensor):
+    """Means twice what its data says."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, [2 * x for x in args], kwargs)
+
+
+class Dispatching(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
 
 
 META = torch.zeros(2, 4, 5, 8, device="meta")
@@ -45,6 +75,50 @@ CASES = {
     "scale infinite": (dict(scale=math.inf), ValueError, FINITE + "inf"),
     "scale nan": (dict(scale=math.nan), ValueError, FINITE + "nan"),
     "scale beyond float32": (dict(scale=1e39), ValueError, FINITE + r"1e\+39"),
+    "scale 0 bits too large": (dict(scale=2.4e38), ValueError, FINITE + r"2.4e\+38"),
+    "dropout a tensor": (dict(dropout_p=torch.zeros(1)), TypeError, "dropout_p must be a float, got torch.Tensor"),
+    "T beyond int64": (dict(train_tokens=10**30), ValueError, r"train_tokens must be below 2\*\*63, got 10000"),
+    "N beyond int64": (dict(train_tokens=9, num_tokens=2**63), ValueError, r"num_tokens must be below 2\*\*63"),
+    "T a numpy float": (dict(train_tokens=np.float64(9)), TypeError, "train_tokens must be an int, got numpy.float64"),
+    "flag a numpy int": (dict(is_causal=np.int64(1)), TypeError, "is_causal must be a bool, got numpy.int64"),
+    "sparse": (
+        dict(query=torch.zeros(2, 4, 6, 8).to_sparse()),
+        TypeError,
+        "query must be a strided tensor.*sparse_coo",
+    ),
+    "nested": (dict(key=as_nested([torch.zeros(4, 5, 8)] * 2)), TypeError, "key must be a strided tensor.*nested"),
+    "jagged": (
+        dict(key=as_nested([torch.zeros(4, 5)] * 2, torch.jagged)),
+        TypeError,
+        "key must be a plain .*NestedTensor",
+    ),
+    "sparse mask": (
+        dict(attn_mask=MASK[0, 0].to_sparse()),
+        TypeError,
+        "attn_mask must be a strided tensor.*sparse_coo",
+    ),
+    "masked tensor": (dict(attn_mask=as_masked(MASK[0, 0])), TypeError, r"attn_mask must be a plain .*MaskedTensor"),
+    "scale of a subclass": (
+        dict(scale=Doubled(torch.ones(2))),
+        TypeError,
+        "scale must be a plain torch.Tensor.*Doubled",
+    ),
+    "query of a subclass": (dict(query=Doubled(torch.ones(2, 4, 6, 8))), TypeError, "query must be a plain .*Doubled"),
+    "key that dispatches": (
+        dict(key=torch.zeros(2, 4, 5, 8).as_subclass(Dispatching)),
+        TypeError,
+        "key must be a plain .*Dispatching",
+    ),
+    "causal bias and causal": (
+        dict(attn_mask=causal_upper_left(6, 5), is_causal=True),
+        ValueError,
+        "is_causal and attn_mask cannot be given",
+    ),
+    "causal bias of another size": (
+        dict(attn_mask=causal_upper_left(6, 7)),
+        ValueError,
+        r"attn_mask must be for \(6, 5\) .* got one for \(6, 7\)",
+    ),
     "scale a string": (dict(scale="0.1"), TypeError, "scale must be a float or a tensor, got str"),
     "scale shape": (dict(scale=torch.ones(4)), ValueError, r"shape \(\), \(B,\) = \(2,\) or .*got \(4,\)"),
     "scale dtype": (dict(scale=torch.ones(2).half()), ValueError, "scale must be a float32 tensor .*got torch.float16"),
@@ -140,3 +214,37 @@ def test_explain_with_symbolic_sizes():
 
     fake = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.randn(1, 2, 33, 16), static_shapes=False)
     assert "N = 33" in str(explain(fake, fake, fake, train_tokens=64, backend="reference"))
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")  # NaN in SDPA: rows without a key, 0 here
+@pytest.mark.parametrize("return_entropy", [False, True])
+@pytest.mark.parametrize("variant", [causal_upper_left, causal_lower_right])
+@pytest.mark.parametrize("sizes", [(40, 40), (40, 60), (60, 40)])
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_causal_bias(variant, sizes, layout, return_entropy):
+    """The masks of torch.nn.attention.bias, whose data is not their meaning, as SDPA understands them."""
+    Nq, Nk = sizes
+    query, key, value = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in
+                         enumerate((Nq, Nk, Nk)))  # fmt: skip
+    mask = torch.ones(Nq, Nk, dtype=torch.bool).tril(0 if variant is causal_upper_left else Nk - Nq)
+    expected = attention(query, key, value, mask, backend="reference")
+    if layout == "bnhd":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    for backend in ("cpu", "reference"):
+        found = attention(
+            query, key, value, variant(Nq, Nk), layout=layout, return_entropy=return_entropy, backend=backend
+        )
+        found = found.out if return_entropy else found
+        found = found.transpose(1, 2) if layout == "bnhd" else found
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_numpy_numbers_are_taken():
+    given = tensors(Nk=9)
+    expected = attention(**given, train_tokens=64, num_tokens=9, train_entropy=0.5, is_causal=True)
+    numpy = {"train_tokens": np.int64(64), "num_tokens": np.int32(9), "train_entropy": np.float32(0.5)}
+    torch.testing.assert_close(attention(**given, **numpy, is_causal=np.bool_(True)), expected)
+    for scale in (np.float32(0.25), np.float64(0.25), np.float16(0.25)):
+        torch.testing.assert_close(attention(**given, scale=scale), attention(**given, scale=0.25))
+    torch.testing.assert_close(attention(**given, scale=np.int64(1)), attention(**given, scale=1))
+    assert explain(**given, scale=np.float32(0.25)).scale == 0.25

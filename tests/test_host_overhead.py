@@ -1,29 +1,27 @@
-"""What a call costs the host, and that the way past PyTorch's dispatcher is the operator's own."""
+"""What a call costs the host, and that whatever looks at operators sees the call as one."""
 
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from entropy_attn.kernels import tiles
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropy_attn import attention, entropy_scale, explain, op
+from entropy_attn import attention, entropy_scale, explain
+from entropy_attn.kernels import tiles
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 USUAL_SDPA = 6.2  # microseconds, where the limits were set
 INTERPRETED = pytest.mark.skipif(
     torch.cuda.is_available(), reason="CPU tensors reach the kernel in the interpreter only"
 )
-BACKENDS = ["cpu", "reference", pytest.param("triton", marks=INTERPRETED)]
 
 
 @pytest.fixture
@@ -72,55 +70,6 @@ class Watcher(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def call(*inputs, **options):
-    """What attention returns, or raises, as something that can be compared."""
-    try:
-        result = attention(*inputs, **options)
-    except (TypeError, ValueError) as error:
-        return [f"{type(error).__name__}: {error}"]
-    return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
-def same(a, b):
-    return torch.equal(a, b) and a.stride() == b.stride() if isinstance(a, torch.Tensor) else a == b
-
-
-def check_both_ways(*inputs, **options):
-    """Past the dispatcher and through it."""
-    direct = call(*inputs, **options)
-    with mock.patch.object(op, "_watched", return_value=True):
-        dispatched = call(*inputs, **options)
-    assert all(same(a, b) for a, b in zip(direct, dispatched, strict=True))
-    return direct
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"return_entropy": True},
-        {"return_lse": True, "train_tokens": 9, "train_entropy": 1},
-        {"attn_mask": torch.arange(30) < 20, "scale": 1, "return_entropy": True},
-        {"scale": torch.tensor([0.1, 0.2]), "layout": "bnhd", "return_lse": True},
-    ],
-)
-def test_dispatched_and_direct_calls_agree(options, mode, backend):
-    inputs = tensors()
-    if options.get("layout") == "bnhd":
-        inputs = [x.transpose(1, 2) for x in inputs]
-    if "attn_mask" in options:
-        options = options | {"attn_mask": options["attn_mask"][None, :]}
-    with mode():
-        assert isinstance(check_both_ways(*inputs, **options, backend=backend)[0], torch.Tensor)
-
-
-@pytest.mark.parametrize("options", [{"train_tokens": 1}, {"train_tokens": 9, "train_entropy": 2.5, "num_tokens": 50}])
-def test_errors_agree(options):
-    assert "ValueError: train_" in check_both_ways(*tensors(), **options)[0]
-
-
 @INTERPRETED
 @pytest.mark.parametrize("which", range(5))
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -130,27 +79,6 @@ def test_negation_still_to_be_done(which, backend):
     query, key, value, mask, scale = (torch._neg_view(-x) if i == which else x for i, x in enumerate(inputs))
     given = attention(query, key, value, mask, scale=scale, backend=backend)
     torch.testing.assert_close(given, attention(*inputs[:4], scale=inputs[4], backend=backend), atol=1e-5, rtol=1e-5)
-
-
-def test_what_is_plain():
-    x = torch.zeros(2)
-    assert op._is_plain(x)
-    assert op._is_plain(x.expand(3, 2))
-    assert op._is_plain(x.bool())
-    with torch.inference_mode():
-        assert op._is_plain(torch.zeros(2))
-    others = [torch._neg_view(x), torch._efficientzerotensor((2,)), torch._to_functional_tensor(x), x.to_sparse()]
-    others += [x.to("meta"), x.to_mkldnn(), torch.nn.Parameter(x)]
-    assert not any(op._is_plain(x) for x in others)
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_plain_tensors_of_a_gpu(inference):
-    with FakeTensorMode(), torch.inference_mode(inference):
-        keys = torch._C._dispatch_keys(torch.empty(2, device="cuda"))
-    for fake in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
-        keys = keys.remove(fake)
-    assert keys.raw_repr() in op._PLAIN_KEYS
 
 
 def test_a_compiled_graph_holds_the_operator():
@@ -194,7 +122,7 @@ def test_override_and_reload(tmp_path, monkeypatch):
         return launch[0], explain(*tensors(), backend="triton").tile
 
     launch: list = []
-    monkeypatch.setattr(triton, "_launch", lambda grid, tile, *rest: launch.append(tile))
+    monkeypatch.setattr(triton, "_launch", lambda tile, *rest: launch.append(tile))
     monkeypatch.setenv("ENTROPY_ATTN_TILES", "")
     tiles.reload()
     present = tiles.find_tile("sm_80", "float32", 16)
@@ -232,21 +160,9 @@ def test_whoever_watches_sees_the_operator():
     assert attention(query, query, query).is_meta
 
 
-def test_subclasses_reach_the_operator():
+def test_subclasses_that_change_nothing_reach_the_operator():
     class Mine(torch.Tensor):
-        seen = ()
-
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            cls.seen += (func,)
-            return super().__torch_function__(func, types, args, kwargs or {})
+        pass
 
     query, key, value = tensors()
-    attention(query.as_subclass(Mine), key, value)
-    assert any("entropy_attn" in str(func) for func in Mine.seen)
-
-
-def test_negation_put_off_is_not_lost():
-    query, key, value = tensors()
-    negated = torch._neg_view(query)
-    torch.testing.assert_close(attention(negated, key, value), attention(-query, key, value), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(query.as_subclass(Mine), key, value), attention(query, key, value))

@@ -31,7 +31,7 @@ def test_opcheck(tokens_first, lse, entropy, scale, mask):
     scale_tensor = torch.rand(2, 2) if scale == "tensor" else None
     number = 0.3 if scale == "number" else None
     train_tokens = 99 if scale == "train_tokens" else None
-    arguments = (query, key, value, attn_mask, scale_tensor, number, train_tokens, 0.0, None, False, lse, entropy)
+    arguments = (query, key, value, attn_mask, scale_tensor, number, train_tokens, 0.0, None, False, entropy, lse)
     results = torch.library.opcheck(torch.ops.entropy_attn.attention.default, (*arguments, "auto"))
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
@@ -40,7 +40,7 @@ def test_opcheck(tokens_first, lse, entropy, scale, mask):
 def test_not_asked_for_is_not_allocated():
     query, key, value = qkv()
     arguments = (query, key, value, None, None, None, None, 0.0, None, False)
-    out, lse, entropy = torch.ops.entropy_attn.attention(*arguments, False, False, "cpu")
+    out, entropy, lse = torch.ops.entropy_attn.attention(*arguments, False, False, "cpu")
     assert out.shape == query.shape
     assert lse.shape == entropy.shape == (0,)
 
