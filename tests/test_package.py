@@ -1,25 +1,175 @@
-"""What a user's environment sees: imports, their cost, the wheel, and the name `kernels`."""
+"""What a user's environment sees: every way to install, imports and their cost, the wheel, and the name `kernels`."""
 
+import email
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import entropy_attn
+
 ROOT = Path(__file__).parent.parent
+# Uses the kernel where it can run, from the folder that Python is started in.
+USE = """
+import importlib.util, torch, entropy_attn, entropy_attn.kernels.tiles
+x = torch.randn(1, 2, 9, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+backend = "triton" if importlib.util.find_spec("triton") else "cpu"
+out = entropy_attn.attention(x, x, x, train_tokens=64, backend=backend)
+torch.testing.assert_close(out, entropy_attn.attention(x, x, x, train_tokens=64, backend="reference"))
+print(entropy_attn.__file__)
+print(entropy_attn.kernels.tiles.__file__)
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    # PYTHONPATH and PYTHONSAFEPATH would change what is found from a folder.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=variables | environment, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=os.environ | environment, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run(sys.executable, "-c", code, cwd=cwd, **environment)
+
+
+def git(*arguments: str, cwd: Path) -> str:
+    name = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+    return run("git", *name, *arguments, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the clone: the files that git tracks, or would."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a clone of git")
+    copy = tmp_path_factory.mktemp("clone") / "tree"
+    for name in git("ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0"):
+        if name and os.path.lexists(ROOT / name):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, out, cwd=tree)
+    (path,) = out.iterdir()
+    return path
+
+
+def build_wheel(source: Path, out: Path) -> Path:
+    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", out)
+    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=out)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    return build_wheel(tree, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A new environment with what is installed in this one, except entropy_attn: its Python and its site-packages."""
+    path = tmp_path / "environment"
+    venv.create(path, with_pip=False, symlinks=True)
+    site = path / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
+    for entry in {*Path(sysconfig.get_path("purelib")).iterdir(), *Path(sysconfig.get_path("platlib")).iterdir()}:
+        if "entropy_attn" not in entry.name and entry.suffix != ".pth" and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
+    return path / Path(sys.executable).relative_to(sys.prefix), site
+
+
+def install(interpreter: Path, *what: str | Path, cwd: Path) -> None:
+    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--no-index")
+    run(interpreter, "-m", "pip", "install", *options, *what, cwd=cwd)
+
+
+@pytest.mark.parametrize("way", [".", "-e .", pytest.param("git", marks=pytest.mark.slow)])
+def test_an_installation_works_in_the_clone_and_elsewhere(way, fresh, tree, tmp_path):
+    interpreter, site = fresh
+    if way == "git":
+        repository = shutil.copytree(tree, tmp_path / "repository", symlinks=True)
+        git("init", "--quiet", cwd=repository)
+        git("add", "--all", cwd=repository)
+        git("commit", "--quiet", "--message", "all", cwd=repository)
+        install(interpreter, f"git+{repository.as_uri()}", cwd=tmp_path)
+    else:
+        install(interpreter, *way.split(), cwd=tree)
+    found = [Path(line) for line in run(interpreter, "-c", USE, cwd=tree).splitlines()]
+    assert found == [tree / "entropy_attn" / "__init__.py", tree / "entropy_attn" / "kernels" / "tiles.py"]
+    package = (tree if way == "-e ." else site) / "entropy_attn"
+    found = [Path(line) for line in run(interpreter, "-c", USE, cwd=tmp_path).splitlines()]
+    assert found == [package / "__init__.py", package / "kernels" / "tiles.py"]
+
+
+@pytest.mark.slow
+def test_an_unpacked_sdist_is_as_good_as_a_clone(fresh, sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("entropy_attn-*/")
+    interpreter, _ = fresh
+    install(interpreter, "-e", ".", cwd=unpacked)
+    package = unpacked / "entropy_attn"
+    for folder in (unpacked, tmp_path):
+        found = [Path(line) for line in run(interpreter, "-c", USE, cwd=folder).splitlines()]
+        assert found == [package / "__init__.py", package / "kernels" / "tiles.py"]
+
+
+def test_hugging_face_kernels_keeps_its_name(fresh, wheel, tree, tmp_path):
+    interpreter, site = fresh
+    install(interpreter, wheel, cwd=tmp_path)
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
+    if not (site / "kernels").exists():
+        # Without it there is no such module. In the clone there is the folder, which is no package.
+        assert run(interpreter, "-c", code, cwd=tmp_path).strip() == "None"
+        assert run(interpreter, "-c", code, cwd=tree).strip() == "None"
+        (site / "kernels").mkdir()
+        (site / "kernels" / "__init__.py").touch()  # what stands for Hugging Face's package
+    code = "import entropy_attn.kernels.tiles as ours, kernels; print(kernels.__file__, ours.__name__, sep='\\n')"
+    for folder in (tmp_path, tree):
+        found = run(interpreter, "-c", code, cwd=folder).splitlines()
+        assert found == [str(site / "kernels" / "__init__.py"), "entropy_attn.kernels.tiles"]
+
+
+def test_no_file_is_imported_under_two_names():
+    code = """
+import collections, os, sys
+import entropy_attn.kernels.aot, entropy_attn.diffusers, entropy_attn.backends.triton
+files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
+files = [os.path.realpath(file) for file in files if "entropy_attn" in file]
+print(len(files), [file for file, times in collections.Counter(files).items() if times > 1])
+"""
+    pytest.importorskip("triton")
+    pytest.importorskip("diffusers")
+    count, rest = python(code, ROOT).split(maxsplit=1)
+    assert int(count) > 20
+    assert rest.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_mypy_sees_the_kernels(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text("import entropy_attn.kernels.tiles as tiles\nreveal_type(tiles.find_tile)\n")
+    command = (sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", tmp_path / "user.py")
+    printed = run(*command, "--follow-imports=silent", cwd=ROOT)
+    assert "-> entropy_attn.kernels.tiles.Tile" in printed
 
 
 def test_import_pulls_in_nothing_it_does_not_need(tmp_path):
@@ -55,41 +205,72 @@ def test_import_takes_at_most_50_ms_on_top_of_torch(tmp_path):
     assert statistics.median(float(python(code, tmp_path)) for _ in range(5)) < 0.050
 
 
-def test_hugging_face_kernels_keeps_its_name(tmp_path):
-    # Hugging Face's package `kernels`, or what stands for it: ours must never be found under that name.
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("OWNER = 'hugging face'")
-    code = "import entropy_attn.kernels, kernels; print(kernels.OWNER, entropy_attn.kernels.__name__)"
-    assert python(code, tmp_path, PYTHONPATH=str(tmp_path)).split() == ["hugging", "face", "entropy_attn.kernels"]
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    code = "import entropy_attn, importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
-    assert str(ROOT) not in python(code, empty)
+def contents(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_wheel_holds_the_package_only(tmp_path):
-    tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(tree),
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-    ]
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    info = [name for name in names if ".dist-info/" in name]
-    rest = sorted(set(names) - set(info))
-    sources = [*(ROOT / "entropy_attn").rglob("*.py"), ROOT / "entropy_attn" / "py.typed"]
-    expected = [str(path.relative_to(ROOT)) for path in sources]
-    expected += [f"entropy_attn/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")]
-    assert rest == sorted(expected)
+def test_wheel_holds_the_package_only(wheel, tree):
+    names = contents(wheel).keys()
+    info = {name for name in names if ".dist-info/" in name}
+    sources = [*(tree / "entropy_attn").rglob("*.py"), tree / "entropy_attn" / "py.typed"]
+    expected = {path.relative_to(tree).as_posix() for path in sources}
+    expected |= {f"entropy_attn/{path.relative_to(tree).as_posix()}" for path in (tree / "kernels").glob("*.py")}
+    assert names - info == expected
     assert any(name.endswith("LICENSE") for name in info)
+
+
+def test_sdist_is_complete_and_makes_the_same_wheel(sdist, wheel, tree, tmp_path):
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    # The symbolic link becomes a folder.
+    paths = [*tree.rglob("*"), *(tree / "entropy_attn" / "kernels").glob("*.py")]
+    files = {path.relative_to(tree).as_posix() for path in paths if path.is_file() and "__pycache__" not in path.parts}
+    files = {name for name in files if not name.startswith(("build/", "entropy_attn.egg-info/"))}
+    generated = {name for name in names if name.startswith("entropy_attn.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert {"tests/conftest.py", "constraints.txt", "docs/function.md", ".ci/run"} <= files
+    assert names - generated == files - {"setup.cfg"}
+    assert contents(build_wheel(sdist, tmp_path)) == contents(wheel)
+
+
+def test_metadata(wheel):
+    (text,) = (data for name, data in contents(wheel).items() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(text)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"] == "The entropy_attn authors"
+    assert metadata["Version"] == entropy_attn.__version__
+    assert {"Repository", "Documentation"} <= {url.split(",")[0] for url in metadata.get_all("Project-URL")}
+    versions = [c.rpartition("3.")[2] for c in metadata.get_all("Classifier") if "Python :: 3." in c]
+    assert metadata["Requires-Python"] == f">=3.{versions[0]}"
+    # An index page has no files beside it: pictures and links must be absolute there.
+    links = re.findall(r"\]\(([^)]*)\)", metadata.get_payload())
+    assert links
+    assert all(link.startswith("https://") for link in links)
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_oldest_versions_tested_are_the_oldest_allowed(wheel):
+    (text,) = (data for name, data in contents(wheel).items() if name.endswith(".dist-info/METADATA"))
+    oldest = pins("constraints-oldest.txt")
+    floors = dict(re.findall(r"^Requires-Dist: (torch|triton|diffusers)>=([\d.]+)", text.decode(), re.MULTILINE))
+    assert floors.keys() == {"torch", "triton", "diffusers"}
+    for package, floor in floors.items():
+        assert oldest[package].startswith(f"{floor}.")
+    assert oldest.keys() == pins("constraints.txt").keys() == pins("constraints-newest.txt").keys()
+
+
+def test_citation():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    assert citation["version"] == entropy_attn.__version__
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Jin", "Shen", "Li", "Xue"]
+    assert {"type", "title", "year"} <= paper.keys()
 
 
 @pytest.mark.parametrize("mask", ["None", "torch.rand(2, 1, 1, N) > 0.5"], ids=["", "mask"])
