@@ -51,7 +51,6 @@ class Case(NamedTuple):
 
 def measure(case: Case) -> dict[str, Any]:
     """A row of the report."""
-    masked = "mask" in MASKS[case.mask]
     tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim)
     row = {**case._asdict(), "status": STATUS, "tile": dataclasses.asdict(tile)}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +29,13 @@ def plain_tensor(name: str, tensor) -> None:
         raise TypeError(f"{name} must be a strided tensor, got a {kind} one")
 
 
-def _is_plain(kind: type) -> bool:
+def _is_plain(kind: Any) -> bool:
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return True
     if _module(kind).startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
         return True
-    same_function = getattr(kind.__torch_function__, "__func__", None) is torch.Tensor.__torch_function__.__func__
-    return same_function and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    functions = [getattr(each.__torch_function__, "__func__", None) for each in (kind, torch.Tensor)]
+    return functions[0] is functions[1] and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def without_causal_bias(attn_mask, is_causal, query, key):
@@ -133,8 +134,6 @@ def operator_arguments(
     train_tokens, num_tokens = integer("train_tokens", train_tokens), integer("num_tokens", num_tokens)
     train_entropy = real("train_entropy", train_entropy)
     _check_rule(scale, train_tokens, train_entropy, num_tokens)
-    if torch.is_grad_enabled():
-        refuse_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale)
     scale_tensor = None
     if isinstance(scale, torch.Tensor):
         _check_scale_tensor(scale, query)
@@ -143,6 +142,8 @@ def operator_arguments(
         scale = real("scale", scale, "a float or a tensor")
         if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
             raise ValueError(f"scale must be finite (at most {LARGEST_SCALE:.4g} in magnitude), got {scale}")
+    if torch.is_grad_enabled():
+        refuse_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale_tensor)
     return (
         query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
         is_causal, return_entropy, return_lse, backend,

@@ -1,8 +1,8 @@
 """Which tile the kernel runs with: a table over architecture, dtype and head dim.
 
-The rows were chosen from binaries compiled ahead of time (Triton 3.7.1), by what the compiler makes of them: that they
-fit, that they spill little, and for sm_80 in 16-bit types by a throughput model of the machine code. None has been
-timed on a device yet. `spills` is the stack a thread may use in bytes, as the compiler reported it.
+The rows were chosen from binaries compiled ahead of time, by what the compiler makes of them: that they fit, that the
+main loop spills little, and for sm_80 in 16-bit types by a count of cycles of the main loop's instructions. None has
+been timed on a device yet. `spills` is the most stack in bytes that Triton 3.7.1 gives a thread, main loop or not.
 
 ENTROPY_ATTN_TILES names a JSON file whose entries go before the table: {"sm_80": {"float16": {"64": {"block_m": 128,
 "block_n": 64, "num_warps": 4, "num_stages": 2}}}}, with the largest head dim an entry serves as its key.
@@ -39,38 +39,41 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     # No tensor cores here: Triton multiplies with FMA instructions.
     "sm_75": {
         16: {
-            96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1), 512: Tile(16, 16, 8, 1),
+            96: Tile(64, 32, 8, 1, spills=272), 192: Tile(32, 32, 8, 1, spills=256),
+            256: Tile(32, 16, 8, 1, spills=1360), 512: Tile(16, 16, 8, 1, spills=1464),
         },
         32: {
-            96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1, spills=16), 256: Tile(32, 16, 8, 1),
-            512: Tile(16, 16, 4, 1, spills=8),
+            96: Tile(64, 32, 8, 1, spills=296), 192: Tile(32, 32, 8, 1, spills=304),
+            256: Tile(32, 16, 8, 1, spills=2112),
+            512: Tile(16, 16, 4, 1, spills=4840),
         },
     },
-    # 16 bits up to 192: the throughput model's choice, ties to the tile that spills least.
+    # 16 bits up to 192: the fewest cycles a score, ties to the tile that spills least.
     "sm_80": {
         16: {
-            16: Tile(128, 64, 4, 2), 32: Tile(128, 64, 4, 3, spills=16), 40: Tile(64, 64, 2, 2, spills=8),
-            64: Tile(128, 64, 4, 2), 80: Tile(128, 64, 4, 2, spills=16), 96: Tile(128, 32, 4, 2, spills=8),
-            128: Tile(128, 32, 4, 3, spills=40), 160: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2, spills=40),
+            16: Tile(128, 64, 4, 2, spills=16), 32: Tile(128, 64, 4, 3), 40: Tile(64, 64, 2, 2, spills=8),
+            64: Tile(128, 64, 4, 2, spills=16), 80: Tile(128, 64, 4, 2, spills=16), 96: Tile(128, 32, 4, 2, spills=16),
+            128: Tile(128, 32, 4, 3, spills=72), 160: Tile(128, 64, 8, 3, spills=24),
+            192: Tile(128, 64, 8, 2, spills=24),
             256: Tile(64, 32, 8, 1),
-            512: Tile(64, 16, 8, 1),
+            512: Tile(64, 16, 8, 1, spills=8),
         },
         32: {
-            64: Tile(64, 16, 4, 2, spills=16), 96: Tile(64, 16, 8, 2, spills=24), 128: Tile(32, 16, 4, 2, spills=8),
-            160: Tile(64, 16, 8, 2, spills=384), 192: Tile(32, 16, 8, 2, spills=16),
-            256: Tile(16, 16, 4, 1, spills=128), 512: Tile(32, 16, 8, 1),
+            64: Tile(64, 16, 4, 2), 96: Tile(64, 16, 8, 2, spills=472), 128: Tile(32, 16, 4, 2, spills=16),
+            160: Tile(64, 16, 8, 2, spills=472), 192: Tile(32, 16, 8, 2, spills=16),
+            256: Tile(16, 16, 4, 1, spills=144), 512: Tile(32, 16, 8, 1, spills=4208),
         },
     },
     "sm_86": {
         16: {
-            64: Tile(128, 64, 4, 2, spills=40), 80: Tile(128, 32, 4, 2, spills=16),
-            96: Tile(128, 64, 8, 2, spills=16), 192: Tile(128, 32, 8, 2, spills=32), 256: Tile(64, 32, 8, 1),
-            512: Tile(64, 16, 8, 1),
+            64: Tile(128, 64, 4, 2, spills=24), 80: Tile(128, 32, 4, 2, spills=8),
+            96: Tile(128, 64, 8, 2, spills=8), 192: Tile(128, 32, 8, 2, spills=96), 256: Tile(64, 32, 8, 1),
+            512: Tile(64, 16, 8, 1, spills=8),
         },
         32: {
-            64: Tile(64, 32, 8, 2, spills=16), 96: Tile(64, 16, 8, 2, spills=32), 128: Tile(32, 16, 4, 2, spills=64),
-            192: Tile(32, 16, 8, 2, spills=400), 256: Tile(16, 16, 4, 1, spills=240),
-            512: Tile(16, 16, 8, 1, spills=32),
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2, spills=8), 128: Tile(32, 16, 4, 2, spills=56),
+            192: Tile(32, 16, 8, 2, spills=400), 256: Tile(16, 16, 4, 1, spills=248),
+            512: Tile(16, 16, 8, 1, spills=1904),
         },
     },
     "sm_90": {
@@ -79,8 +82,9 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
             192: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2), 512: Tile(32, 16, 8, 1),
         },
         32: {
-            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2, spills=16), 128: Tile(32, 16, 4, 2, spills=48),
-            192: Tile(32, 16, 8, 2, spills=392), 256: Tile(16, 16, 4, 1, spills=232), 512: Tile(32, 16, 8, 1),
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2, spills=40),
+            192: Tile(32, 16, 8, 2, spills=440), 256: Tile(16, 16, 4, 1, spills=152),
+            512: Tile(32, 16, 8, 1, spills=4288),
         },
     },
     "sm_100": {
@@ -89,19 +93,20 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
             256: Tile(64, 32, 8, 2), 512: Tile(32, 16, 8, 1),
         },
         32: {
-            80: Tile(64, 32, 8, 2, spills=16), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2, spills=88),
-            192: Tile(32, 16, 8, 2, spills=584), 256: Tile(16, 16, 4, 1, spills=288), 512: Tile(32, 16, 8, 1),
+            80: Tile(64, 32, 8, 2, spills=16), 96: Tile(64, 16, 8, 2), 128: Tile(32, 16, 4, 2, spills=80),
+            192: Tile(32, 16, 8, 2, spills=488), 256: Tile(16, 16, 4, 1, spills=320),
+            512: Tile(32, 16, 8, 1, spills=4384),
         },
     },
     "sm_120": {
         16: {
-            32: Tile(128, 64, 4, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2),
+            32: Tile(128, 64, 4, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2, spills=128),
             192: Tile(128, 32, 8, 2, spills=128), 256: Tile(64, 32, 8, 1), 512: Tile(32, 16, 8, 1),
         },
         32: {
-            64: Tile(64, 32, 8, 2, spills=72), 96: Tile(64, 16, 8, 2, spills=160), 128: Tile(32, 16, 4, 2, spills=88),
-            192: Tile(32, 16, 8, 2, spills=592), 256: Tile(16, 16, 4, 1, spills=368),
-            512: Tile(16, 16, 8, 1, spills=48),
+            64: Tile(64, 32, 8, 2), 96: Tile(64, 16, 8, 2, spills=32), 128: Tile(32, 16, 4, 2, spills=104),
+            192: Tile(32, 16, 8, 2, spills=496), 256: Tile(16, 16, 4, 1, spills=392),
+            512: Tile(16, 16, 8, 1, spills=1936),
         },
     },
     "gfx942": {
@@ -115,12 +120,12 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "gfx1100": {
         16: {
-            64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1, spills=56), 160: Tile(64, 16, 8, 1, spills=36),
-            192: Tile(16, 16, 4, 1, spills=28), 256: Tile(32, 16, 4, 1, spills=480),
-            512: Tile(64, 16, 16, 1, spills=840),
+            64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 8, 1, spills=160), 160: Tile(64, 16, 8, 1),
+            192: Tile(16, 16, 4, 1, spills=60), 256: Tile(32, 16, 4, 1, spills=508),
+            512: Tile(64, 16, 16, 1, spills=740),
         },
         32: {
-            32: Tile(64, 16, 8, 1), 256: Tile(16, 16, 8, 1, spills=824), 512: Tile(16, 16, 16, 1, spills=2192),
+            32: Tile(64, 16, 8, 1), 256: Tile(16, 16, 8, 1, spills=812), 512: Tile(16, 16, 16, 1, spills=2176),
         },
     },
 }  # fmt: skip

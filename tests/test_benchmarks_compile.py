@@ -14,9 +14,8 @@ pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from entropy_attn.kernels import tiles
-
 from entropy_attn import attention
+from entropy_attn.kernels import tiles
 
 MOST_SPILLS = 0
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

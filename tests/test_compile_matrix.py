@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from entropy_attn.kernels import tiles
 from entropy_attn.kernels.aot import ARCHITECTURES
 
+BUDGETED = "3.7."  # the version of Triton whose spills the table declares
 RECORDS = Path(__file__).parent.parent / "build" / "compile_matrix"
 MAIN_HEAD_DIMS = (40, 64, 80, 128, 160)
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
@@ -39,8 +40,9 @@ def check(architecture: str, dtype: str, head_dims: tuple[int, ...]) -> None:
     assert [(row["head_dim"], row["entropy"]) for row in rows] == [(d, e) for d in head_dims for e in (False, True)]
     too_large = [row for row in rows if row["shared"] > row["shared_limit"]]
     assert not too_large, "needs more shared memory than the architecture has"
+    # Another version of Triton spills elsewhere: there it is only a report, in the record.
     spilling = [row for row in rows if row["spills"] > row["spills_allowed"]]
-    assert not spilling, "spills more than the table declares"
+    assert not (spilling and triton.__version__.startswith(BUDGETED)), "spills more than the table declares"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -54,7 +56,7 @@ def test_masks_cost_no_registers_they_do_not_have(options):
     for row in compile_all("sm_80", "float16", (64, 128), *options.split()):
         assert row["shared"] <= row["shared_limit"]
         assert row["registers"] > 100, "the compiler gave up on registers"
-        assert row["spills"] <= 192, row
+        assert row["spills"] <= 192 or not triton.__version__.startswith(BUDGETED), row
 
 
 @pytest.mark.slow
@@ -104,7 +106,7 @@ def test_tiles_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("ENTROPY_ATTN_TILES", str(path))
     assert tiles.find_tile("sm_80", "float16", 40) == tiles.Tile(64, 32, 2, 4)
     assert tiles.find_tile("sm_80", "bfloat16", 40) == tiles.TABLE["sm_80"][16][40]
-    assert tiles.find_tile("sm_80", "float16", 160) == tiles.TABLE["sm_80"][16][192]
+    assert tiles.find_tile("sm_80", "float16", 160) == tiles.TABLE["sm_80"][16][160]
 
 
 @pytest.mark.parametrize("text", ["not json", "[1]", '{"sm_80": {"float16": {"64": {"block": 1}}}}', None])

@@ -137,7 +137,7 @@ def test_the_number_of_threads_stays():
         attention(*qkv(Nq=400, Nk=400), return_entropy=True)
         assert torch.get_num_threads() == threads
         found = []
-        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread = threading.Thread(target=lambda found=found: found.append(torch.get_num_threads()))
         thread.start()
         thread.join()
         assert found == [threads]

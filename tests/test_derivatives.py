@@ -1,4 +1,4 @@
-"""There is no derivative: every way PyTorch has of asking for one is an error, from `attention` and from the operator."""
+"""There is no derivative: every way of asking for one is an error, from `attention` and from the operator."""
 
 import pytest
 import torch

@@ -131,11 +131,11 @@ def _attend(call: _Call, part: _Part) -> None:
     batch, heads = part.batch, part.heads
     Nk, queries_per_kv = call.key.shape[2], call.query.shape[1] // call.key.shape[1]
     # (g, Nk, D) and (g, Nk, Dv) for g heads; of heads that share keys, one at a time is a view.
-    kv = heads
+    kv: slice | torch.Tensor = heads
     if queries_per_kv > 1:
-        g = heads.stop - heads.start
-        kv = slice(heads.start // queries_per_kv, heads.start // queries_per_kv + 1)
-        if g > 1:
+        first_kv = heads.start // queries_per_kv
+        kv = slice(first_kv, first_kv + 1)
+        if heads.stop - heads.start > 1:
             kv = torch.arange(heads.start, heads.stop) // queries_per_kv
     key, value = call.key[batch, kv].to(dtype), call.value[batch, kv].to(dtype)
     mask = None if call.mask is None else call.mask[batch, heads]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from entropy_attn import op
+from entropy_attn import op  # noqa: F401 (registers the operator)
 from entropy_attn.backends import triton_obstacle
 from entropy_attn.diffusers import compiling, ops, seam
 from entropy_attn.diffusers.clock import Moment
@@ -95,7 +95,7 @@ class Layer(Registered):
         if scale is not None and self.trained_scale is not None and scale != self.trained_scale:
             multiplier = self._leave_scaled(scale, self.trained_scale)
         untouched = not isinstance(multiplier, torch.Tensor) and multiplier == 1.0
-        obstacle = None if untouched and not self.observes else _obstacle(query, key, value, dropout_p)
+        obstacle = None if untouched and not self.observes else _obstacle(query, key, value, attn_mask, dropout_p)
         if obstacle is not None and self.observes:
             self._missing(f"entropy not recorded: {obstacle}")
         if obstacle is not None or (untouched and not self.observes):
@@ -108,8 +108,8 @@ class Layer(Registered):
             )
         scale = multiplier * _scale(query, scale)
         scale, scale_tensor = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
-        out, _, entropy = op.forward(
-            query, key, value, attn_mask, scale_tensor, scale, None, 0.0, None, is_causal, False, self.observes, "auto"
+        out, entropy, _ = torch.ops.entropy_attn.attention(
+            query, key, value, attn_mask, scale_tensor, scale, None, 0.0, None, is_causal, self.observes, False, "auto"
         )
         if self.observes:
             self._observe(entropy)
@@ -186,13 +186,13 @@ def _scale(query: torch.Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
-def _obstacle(query, key, value, dropout_p) -> str | None:
+def _obstacle(query, key, value, attn_mask, dropout_p) -> str | None:
     """Why `attention` cannot take a call that SDPA can, or None."""
     if query.dim() != 4:
         return f"query has {query.dim()} axes"
     if dropout_p != 0:
         return "dropout"
-    if seam.needs_grad(query, key, value):
+    if seam.needs_grad(query, key, value, attn_mask):
         return "gradients are wanted"
     return None if query.device.type == "cpu" else triton_obstacle(query, value)
 

@@ -76,7 +76,7 @@ def scaled_dot_product_attention(
     if not torch.compiler.is_compiling():
         with _outside():
             return layer.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if query.dim() == 4 and not needs_grad(query, key, value):
+    if query.dim() == 4 and not needs_grad(query, key, value, attn_mask):
         return torch.ops.entropy_attn.layer_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layer.call_token, layer.token
         )
@@ -84,8 +84,8 @@ def scaled_dot_product_attention(
     return pytorch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def needs_grad(query, key, value) -> bool:
-    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+def needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def attend_elsewhere(backend, kwargs: dict):
