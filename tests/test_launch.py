@@ -1,0 +1,94 @@
+"""What a launch of the kernel is specialised to: few kernels for the many layouts that a run meets."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from entropy_attn import attention
+from entropy_attn.backends import triton as backend
+from entropy_attn.kernels.attention import attention_forward
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="CPU tensors reach the launch in the interpreter only"
+)
+
+
+NAMES = attention_forward.fn.__code__.co_varnames[: attention_forward.fn.__code__.co_argcount]
+# Not told apart by their values; floating numbers never are.
+NEVER = {n for n in NAMES if n.startswith("stride_") and n != "stride_mn"} | {"H", "Hkv", "Nq", "Nk", "scale"}
+
+
+def kind(name: str, value):
+    """What Triton's launcher looks at."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    if value is None or name in NEVER:
+        return value is None
+    return value if name.isupper() or value in (0, 1) else (value % 16 == 0)
+
+
+def kernels_of(calls, monkeypatch) -> set:
+    seen = set()
+
+    class Launcher:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                constants = {n: x for n, x in constants.items() if n not in ("num_warps", "num_stages")}
+                given = dict(zip(NAMES, arguments, strict=False)) | constants
+                seen.add(tuple((name, kind(name, x)) for name, x in sorted(given.items())))
+
+            return launch
+
+    monkeypatch.setattr(backend, "attention_forward", Launcher())
+    for call in calls:
+        attention(**call, backend="triton")
+    return seen
+
+
+def qkv(N=64, D=16, B=2, H=2):
+    return dict(zip(("query", "key", "value"), torch.zeros(3, B, H, N, D), strict=True))
+
+
+def test_the_kernel_is_told_what_not_to_look_at():
+    assert set(attention_forward.kwargs["do_not_specialize"]) == NEVER - {"scale"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_of_many_lengths_take_two_kernels(dtype, monkeypatch):
+    """Rows of the mask start at a multiple of 16 elements, or they do not."""
+    calls = [
+        {**qkv(N), "attn_mask": torch.ones(*shape, N, N).to(dtype)}
+        for N in (16, 20, 30, 33, 48, 60, 63, 64, 100)
+        for shape in ((), (2, 1), (1, 2), (2, 2))
+    ]
+    assert len(kernels_of(calls, monkeypatch)) == 2
+
+
+def test_key_padding_masks_take_two_kernels(monkeypatch):
+    calls = [{**qkv(N), "attn_mask": torch.ones(2, 1, 1, N, dtype=torch.bool)} for N in (16, 20, 30, 33, 48, 64, 100)]
+    assert len(kernels_of(calls, monkeypatch)) == 2
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_strides_of_axes_of_one_do_not_count(axis, monkeypatch):
+    """An odd stride of an axis of size 1, as slicing leaves it, does not make loads narrow."""
+    shape = [2, 2, 64, 16]
+    shape[axis] = 1
+    plain = torch.zeros(shape)
+    strides = list(plain.stride())
+    strides[axis] = 7
+    odd = torch.zeros(plain.numel() + 7).as_strided(shape, strides)
+    seen = kernels_of([dict.fromkeys(("query", "key", "value"), x) for x in (plain, odd)], monkeypatch)
+    assert len(seen) == 1
+    assert dict(next(iter(seen)))["STRIDE_UNIT"] == 8
+
+
+def test_lengths_heads_and_strides_take_one_kernel(monkeypatch):
+    calls = [
+        {**qkv(N, H=H, B=B), "return_entropy": True, "scale": 1 / math.sqrt(N)}
+        for N in (16, 33, 64) for H in (1, 2, 5) for B in (1, 3)
+    ]  # fmt: skip
+    assert len(kernels_of(calls, monkeypatch)) == 1
