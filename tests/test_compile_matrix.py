@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from entropy_attn.kernels import tiles
 from entropy_attn.kernels.aot import ARCHITECTURES
