@@ -3,7 +3,7 @@
     python tests/fuzz.py --calls 20000 --seed 0 --backend cpu
     python tests/fuzz.py --seed 0 --only 1234        # one of them again
 
-Call i of a seed is always the same. Half of what it does is in `fuzzing/`: `calls.py` draws, `source.py` makes the
+Call i of a seed is always the same. The parts are in `fuzzing/`: `calls.py` draws, `source.py` makes the
 tensors, `oracle.py` says what must come out, `broken.py` how a call can be wrong, `shrink.py` makes failures small.
 A failure is printed as it comes, with a program that shows it; the exit code is 1 if there was any.
 """

@@ -93,7 +93,7 @@ def _ways_of_inputs() -> None:
 
 def _shows_its_layout(call: Call) -> bool:
     """Whether nothing but the heads of query and key, then unequal, shows that the layout is another."""
-    return call.group == 1 and call.Nq != call.Nk and call.B > 0 and not call.mask and not call.causal
+    return call.group == 1 and not call.gqa and call.Nq != call.Nk and call.B > 0 and not call.mask and not call.causal
 
 
 def _subclass(name: str, applies: Callable[[Call], bool] = lambda call: True) -> None:

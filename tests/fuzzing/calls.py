@@ -159,6 +159,8 @@ def _mask_is_sound(call: Call) -> bool:
 def _numbers_are_sound(call: Call) -> bool:
     """Whether every product that leads to a logit is finite in float32, in whichever order they are multiplied."""
     rule = call.scale
+    if rule.nan and (call.mask or call.causal == "causal_lower_right" or call.Nk == 0):
+        return False  # whether a row without keys is 0 or NaN then is left open
     if rule.kind == "rule":
         N = rule.num_tokens or call.Nk
         if min(N, rule.train_tokens) < 2 or rule.train_entropy >= 0.9 * math.log(min(N, rule.train_tokens)):
@@ -169,7 +171,7 @@ def _numbers_are_sound(call: Call) -> bool:
     product = call.D * query * key
     scale = abs(rule.size) * (6 if "(" in rule.kind else 1) if rule.kind not in ("none", "rule") else 10.0
     most = 1e28 if call.mask is not None and call.mask.lowest else 1e36
-    if scale > 3.4e38 or max(product, query * scale) > 1e37 or product * scale > most:
+    if scale > 2.3e38 or max(product, query * scale) > 1e37 or product * scale > most:
         return False
     return largest(call.value, call.dtype) < 1e28
 
@@ -261,14 +263,15 @@ def _draw_memory(r: random.Random) -> Memory:
     kind = r.choice(("plain", "plain", "order", "channels last", "expand", "cut", "offset", "fused", "anything"))
     order = tuple(r.sample(FORWARDS, 4))
     expand = tuple(sorted(r.sample(FORWARDS, r.choice((1, 1, 2)))))
-    steps, skipped = ((r.choice((1, 1, 2, 3)),) * 4, tuple(r.choice((0, 0, 1, 3)) for _ in FORWARDS))
+    steps = tuple(r.choice((1, 1, 2, 3)) for _ in FORWARDS)
+    skipped = tuple(r.choice((0, 0, 1, 3)) for _ in FORWARDS)
     flip = (r.choice(FORWARDS),)
     return {
         "plain": Memory(),
         "order": Memory(order=order),
         "channels last": Memory(order=(0, 2, 3, 1)),
         "expand": Memory(expand=expand, order=_rarely(r, 0.5, order, FORWARDS)),
-        "cut": Memory(steps=tuple(r.choice((s, 1)) for s in steps), skipped=skipped),
+        "cut": Memory(steps=steps, skipped=skipped),
         "offset": Memory(offset=r.choice((1, 2, 3, 5))),
         "fused": Memory(order=(0, 2, 1, 3), steps=(1, 1, 3, 1), skipped=(0, 0, 1, 0)),
         "anything": Memory(order, _rarely(r, 0.8, (), expand), steps, skipped, r.choice((0, 1)), flip),
@@ -292,7 +295,10 @@ def _draw_value_size(r: random.Random, dtype: str) -> float:
 
 def _draw_mask(r: random.Random, dtype: str) -> Mask:
     kind = r.choice(("bool", "float32", dtype))
-    some = lambda share: r.random() < share  # noqa: E731
+
+    def some(share: float) -> bool:
+        return r.random() < share
+
     return Mask(
         dtype=kind,
         axes=r.choice((2, 3, 4, 4)),
@@ -311,7 +317,7 @@ def _draw_scale(r: random.Random, dtype: str, calm: bool) -> Scale:
     kind = r.choices(list(SCALES), list(SCALES.values()))[0]
     size = r.choice((0.125, 0.1, 0.3, 1.0, 0.0, -0.1, -1.0))
     if not calm:
-        size = r.choice((size, 2.0, 1e-5, 1e-30, 50.0, 1e4, 1e10, 1e30, 3e38))
+        size = r.choice((size, 2.0, 1e-5, 1e-30, 50.0, 1e4, 1e10, 1e30, 2e38))
     if kind == "int":
         size = r.choice((0.0, 1.0, -1.0, 2.0))
     train_tokens = r.choice((2, 3, 64, 77, 256, 4096, 10**9))
