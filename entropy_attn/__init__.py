@@ -19,7 +19,7 @@ __all__ = [
     "entropy_scale",
     "explain",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _OF_DIFFUSERS = ("calibrate", "disable", "enable")
 
