@@ -207,8 +207,6 @@ def attention_forward(
         scale = tl.load(Scale + b * stride_sb + h * stride_sh)
     sign = tl.where(scale < 0, -1.0, 1.0)
     scale = tl.where(scale == 0.0, TINY, tl.abs(scale))  # positive: max and scale commute
-    if MASK != "bias":
-        scale *= LOG2E
 
     c1 = tl.arange(0, D1)
     e1 = tl.arange(0, E1)
@@ -233,7 +231,11 @@ def attention_forward(
         Mask += first * stride_mm
 
     BIAS: tl.constexpr = MASK == "bias"
-    m = tl.full([BLOCK_M], LOWEST if BIAS else -HUGE, tl.float32)
+    QUICK: tl.constexpr = not (BIAS and MASK_ROWS)  # whether the whole blocks' scores are all that counts there
+    scale_log2 = scale * LOG2E
+    edge_scale = scale if BIAS else scale_log2
+    unit = LOG2E if BIAS else scale_log2  # of m in the edges, in units of ln 2
+    m = tl.full([BLOCK_M], -HUGE if QUICK else LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     t = tl.zeros([BLOCK_M], tl.float32)
     ENTROPY: tl.constexpr = Entropy is not None
@@ -270,17 +272,17 @@ def attention_forward(
             block_mask = load_mask(mask_pointers, full_start + block, end, stride_mn, BLOCK_N, False, BIAS)
         m, l, t, acc1, acc2 = attend(
             q1, q2, K_full, V_full, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
-            block, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
+            block, end, query_index, stride_kn, stride_vn, scale_log2 if QUICK else scale, m, l, t, acc1, acc2,
             D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, False, CAUSAL,
             "none" if SHARED_MASK else MASK, MASK_ROWS, ENTROPY, PRECISION, VALUE_FIRST,
         )  # fmt: skip
-    if not BIAS:
+    if QUICK:
         # A row with logits above HUGE has an m that says so, one with all below -HUGE has l = 0: all keys once more.
         again = tl.max(((m > HUGE) | (l == 0.0)).to(tl.int32), 0) > 0
         full_end = tl.where(again, full_start, full_end)
-        # From here on m is in units of the scores. The quotient is rounded: one more step from m to what it stands for.
-        pivot = m / scale
-        d = tl.fma(pivot, -scale, m)
+        # From here on m is in other units. The quotient is rounded: one more step from m to what it stands for.
+        pivot = m / unit
+        d = tl.fma(pivot, -unit, m)
         a = tl.math.exp2(d)
         m = tl.where(again, LOWEST, pivot)
         t = tl.where(again, 0.0, (t + d * l) * a)
@@ -305,7 +307,7 @@ def attention_forward(
             block_mask = load_mask(mask_pointers, start, end, stride_mn, BLOCK_N, True, BIAS)
         m, l, t, acc1, acc2 = attend(
             q1, q2, K, V, k1_offsets, k2_offsets, v1_offsets, v2_offsets, block_mask,
-            start, end, query_index, stride_kn, stride_vn, scale, m, l, t, acc1, acc2,
+            start, end, query_index, stride_kn, stride_vn, edge_scale, m, l, t, acc1, acc2,
             D, D1, D2, E, E1, E2, BLOCK_M, BLOCK_N, PARTIALS, True, CAUSAL, MASK, MASK_ROWS, ENTROPY,
             PRECISION, VALUE_FIRST,
         )  # fmt: skip
@@ -335,5 +337,5 @@ def attention_forward(
         entropy = tl.where((l == 0.0) | (entropy < 0.0), 0.0, entropy)  # rounding may dip below 0
         tl.store(Entropy + rows, entropy, mask=row_valid)
     if Lse is not None:
-        nats = 1.0 if BIAS else scale * LN2  # of a unit of m
+        nats = 1.0 if BIAS else scale  # of a unit of m
         tl.store(Lse + rows, m * nats + tl.math.log2(l) * LN2, mask=row_valid)

@@ -62,6 +62,26 @@ def test_hidden_keys_cannot_leak(backend, kind, poison, plain):
         assert_same(everything(query, bad_key, bad_value, mask, backend=backend), clean)
 
 
+@pytest.mark.parametrize("visible", [(0, 131), (20, 250), (90, 95), (0, 300), (10, 10)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [None, -0.7])
+def test_floating_and_boolean_padding_agree(backend, visible, dtype, scale):
+    """0 and -inf, as models write their padding: whole blocks of 0 may be run as if there were no mask."""
+    query, key, value = (x.to(dtype) for x in qkv(Nk=300))
+    keep = (torch.arange(300) >= visible[0]) & (torch.arange(300) < visible[1])
+    bias = torch.zeros(300).masked_fill(~keep, -math.inf).view(1, 1, 1, 300)
+    padded = everything(query, key, value, bias.to(dtype), scale=scale, backend=backend)
+    expected = everything(query, key, value, keep.view(1, 1, 1, 300), scale=scale, backend="reference")
+    for x, y in zip(padded, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-3 if x.dtype == torch.float16 else 1e-5, rtol=1e-5)
+    later = bias.clone()
+    later[..., visible[0] : visible[0] + 5] -= 0.5  # some keys that the whole blocks must not hold
+    found = everything(query, key, value, later, scale=scale, backend=backend)
+    wanted = everything(query, key, value, later, scale=scale, backend="reference")
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-3 if x.dtype == torch.float16 else 1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["bool", "bias", "causal"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_bad_keys_do_not_reach_the_queries_they_are_hidden_from(backend, kind, poison):
