@@ -22,6 +22,7 @@ import torch
 
 try:
     import numpy as np
+    from diffusers.utils import logging
     from evaluation.figures import fit
     from evaluation.judges import GlyphJudge, distance_row
     from evaluation.subjects import GLYPHS, Size, Subject, glyphs
@@ -158,13 +159,17 @@ def main() -> None:
     if not arguments.out.absolute().parent.is_dir():
         parser.error(f"--out: no folder {arguments.out.absolute().parent}")
     started = time.perf_counter()
+    print(
+        f"Drawing {arguments.count} digits of each of {len(SIZES)} sizes with both scales: a minute or two", flush=True
+    )
+    logging.disable_progress_bar()  # of loading, which takes no time
     try:
         subject = glyphs(arguments.model)
     except ValueError as error:
         parser.error(f"--model: {error}")
     trained, judge = subject.train_size, GlyphJudge()
     outcomes = {}
-    for size in tqdm(SIZES, desc="sizes"):
+    for size in tqdm(SIZES, desc="sizes", leave=False, disable=None):  # only on a terminal
         original = sample(subject, judge, size, arguments.count, None)
         at_trained = size == trained
         adapted = original if at_trained else sample(subject, judge, size, arguments.count, WAYS[list(WAYS)[1]])
