@@ -71,7 +71,7 @@ def measure(case: Case) -> dict[str, Any]:
         "programs_per_multiprocessor": programs, "warps_per_multiprocessor": programs * tile.num_warps,
         "loop_instructions": len(loop), "loop_spill_loads": spilled[False], "loop_spill_stores": spilled[True],
         "loop_matrix": dict(matrix), "warp_group_matrix": any(map(sass.WARP_GROUP_MATRIX.match, matrix)),
-        "scores_per_thread": tile.block_m * tile.block_n / (tile.num_warps * kernel.metadata.warp_size),
+        "scores_per_thread": tile.block_m * tile.block_n / (tile.num_warps * kernel.metadata.target.warp_size),
         "loop": sass.mix(loop),
     }  # fmt: skip
 

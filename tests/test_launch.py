@@ -36,7 +36,9 @@ def kernels_of(calls, monkeypatch) -> set:
     class Launcher:
         def __getitem__(self, grid):
             def launch(*arguments, **constants):
-                constants = {n: x for n, x in constants.items() if n not in ("num_warps", "num_stages")}
+                constants = {
+                    n: x for n, x in constants.items() if n not in ("num_warps", "num_stages", "enable_fp_fusion")
+                }
                 given = dict(zip(NAMES, arguments, strict=False)) | constants
                 seen.add(tuple((name, kind(name, x)) for name, x in sorted(given.items())))
 
@@ -53,6 +55,8 @@ def qkv(N=64, D=16, B=2, H=2):
 
 
 def test_the_kernel_is_told_what_not_to_look_at():
+    if not hasattr(attention_forward, "kwargs"):
+        pytest.skip("this version of Triton's interpreter does not keep what the decorator was given")
     assert set(attention_forward.kwargs["do_not_specialize"]) == NEVER - {"scale"}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from glyphs import data
 from glyphs.pipeline import GlyphPipeline
 
@@ -73,6 +73,8 @@ class Subject:
 
     def check_multidiffusion(self) -> None:
         """Raises ValueError where Diffusers has no MultiDiffusion for the pipeline."""
+        from diffusers import StableDiffusionPipeline  # here, since it imports transformers' image processors
+
         if not isinstance(self.pipe, StableDiffusionPipeline):
             raise ValueError(
                 f"MultiDiffusion takes a StableDiffusionPipeline, {self.name} is a {type(self.pipe).__name__}"
@@ -127,7 +129,9 @@ def glyphs(folder: Path = GLYPHS, device: str = "cpu", dtype: torch.dtype = torc
         raise ValueError(
             f"no glyph pipeline in {folder}: train one with `python benchmarks/glyphs/train.py --out {folder}`"
         )
-    pipe = GlyphPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    # The name of this argument differs between versions of Diffusers; float32 needs none.
+    options_of_dtype = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    pipe = GlyphPipeline.from_pretrained(folder, **options_of_dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Subject(
         "glyphs", pipe, (pipe.train_size, pipe.train_size), GLYPH_SIZES, pipe.multiple,
