@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The kernel multiplies the scale by log2(e), in float32.
 LARGEST_SCALE = torch.finfo(torch.float32).max * math.log(2.0)
 LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = int(sys.float_info.max)  # a float here would be a variable to torch.compile(dynamic=True)
 
 
 def plain_tensor(name: str, tensor) -> None:
@@ -89,8 +91,8 @@ def integer(name: str, value):
         return value
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {_type_of(value)}")
-    if value > LARGEST_INT:
-        raise ValueError(f"{name} must be below 2**63, got {value}")
+    if not -LARGEST_INT <= value <= LARGEST_INT:  # the operator takes 64 bits
+        raise ValueError(f"{name} must be {'below 2**63' if value > 0 else 'above -2**63'}, got {value}")
     return value
 
 
@@ -100,6 +102,8 @@ def real(name: str, value, kinds: str = "a float"):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be {kinds}, got {_type_of(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
+        raise ValueError(f"{name} must be finite in float64, got an int of {value.bit_length()} bits")
     return value
 
 

@@ -79,6 +79,10 @@ CASES = {
     "dropout a tensor": (dict(dropout_p=torch.zeros(1)), TypeError, "dropout_p must be a float, got torch.Tensor"),
     "T beyond int64": (dict(train_tokens=10**30), ValueError, r"train_tokens must be below 2\*\*63, got 10000"),
     "N beyond int64": (dict(train_tokens=9, num_tokens=2**63), ValueError, r"num_tokens must be below 2\*\*63"),
+    "T below int64": (dict(train_tokens=-(10**30)), ValueError, r"train_tokens must be above -2\*\*63, got -10000"),
+    "N below int64": (dict(train_tokens=9, num_tokens=-(2**70)), ValueError, r"num_tokens must be above -2\*\*63"),
+    "H_T beyond float64": (dict(train_tokens=9, train_entropy=10**400), ValueError, "train_entropy must be finite in "),
+    "scale beyond float64": (dict(scale=-(10**400)), ValueError, "scale must be finite in float64, got an int of 1329"),
     "T a numpy float": (dict(train_tokens=np.float64(9)), TypeError, "train_tokens must be an int, got numpy.float64"),
     "flag a numpy int": (dict(is_causal=np.int64(1)), TypeError, "is_causal must be a bool, got numpy.int64"),
     "sparse": (
