@@ -220,10 +220,7 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
     started = threading.Barrier(threads + 1)
 
     def start() -> None:
-        # A parallel operator: OpenMP now counts more threads than cores, and those that wait for work, after PyTorch's
-        # own operators, sleep at once. Spinning, they took 5 ms of a core from the workers (1.9 -> 1.4 times SDPA's
-        # time at 1024 tokens).
-        torch.zeros(1 << 16).add_(1)
+        torch.get_num_threads()  # PyTorch gives a thread its number at the first look, and would undo the next line
         torch.set_num_threads(1)  # of this thread, but also what threads started from now on begin with
         started.wait()
 
