@@ -21,7 +21,9 @@ def test_a_failure_is_told_and_stops_nothing(out, tmp_path, capsys):
     tests.write_text(
         "import os, sys\nfrom signal import SIG_IGN, SIGINT, getsignal\n"
         "def test_threads():\n    assert os.environ.get('OMP_NUM_THREADS') == '8'\n"
-        "def test_background():\n    assert getsignal(SIGINT) is SIG_IGN and not sys.stdin.read(1)\n"
+        # The tests themselves may run in the background: only a session of its own tells this run's from theirs.
+        "def test_background():\n    assert os.getsid(0) == os.getpid()\n"
+        "    assert getsignal(SIGINT) is SIG_IGN and not sys.stdin.read(1)\n"
     )
     assert machines.main(["--only", "8 threads", "background", "--tests", str(tests), "--", "-s"]) == 1
     told = capsys.readouterr().out
