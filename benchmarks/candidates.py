@@ -7,11 +7,11 @@ import itertools
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import harness
 
 from entropy_attn.kernels import aot, tiles
+from entropy_attn.kernels.config import pieces
 from entropy_attn.kernels.tiles import Tile
 
 REGISTERS = 255  # a thread can have
@@ -24,34 +24,25 @@ def around(tile: Tile) -> list[Tile]:
     grid = [
         dataclasses.replace(
             tile, block_m=int(tile.block_m * m), block_n=int(tile.block_n * n), num_warps=int(tile.num_warps * w),
-            num_stages=tile.num_stages + stages, spills=0,
+            num_stages=tile.num_stages + stages,
         )
         for m, n, w, stages in factors
     ]  # fmt: skip
     possible = [
         t for t in grid
         if 16 <= t.block_m <= 256 and 16 <= t.block_n <= 256 and 2 <= t.num_warps <= 16
-        and 1 <= t.num_stages <= MOST_STAGES and parameters(t) != parameters(tile)
+        and 1 <= t.num_stages <= MOST_STAGES and t != tile
     ]  # fmt: skip
     return [tile, *possible]
 
 
-def parameters(tile: Tile) -> dict[str, Any]:
-    """A tile as the file of tiles spells it: without what is the default, or what the table only remarks."""
-    return {
-        field.name: getattr(tile, field.name)
-        for field in dataclasses.fields(tile)
-        if field.name != "spills" and getattr(tile, field.name) != field.default
-    }
-
-
 def label(tile: Tile) -> str:
-    return " ".join(f"{name.removeprefix('num_')}={value}" for name, value in parameters(tile).items())
+    return " ".join(f"{name.removeprefix('num_')}={value}" for name, value in dataclasses.asdict(tile).items())
 
 
 def obstacle(architecture: str, dtype: str, head_dim: int, tile: Tile) -> str | None:
     """Why a tile cannot do well, as far as that is known without compiling it."""
-    width = sum(tiles.split_head_dim(head_dim))
+    width = sum(width for _, width in pieces(head_dim))
     limit = aot.SHARED_MEMORY[tiles.table_architecture(architecture)]
     # Blocks of keys and values on their way; AMD's pipeline holds one in registers, and others may come to.
     shared = 2 * width * tile.block_n * harness.DTYPES[dtype].itemsize * max(tile.num_stages - 1, 1)
@@ -90,13 +81,13 @@ def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) 
     Smaller ones without a row of their own would now fall to this one: they get rows with what they run at present.
     """
     read(path)
-    pieces = tiles.split_head_dim(head_dim)
-    served = [d for d in tiles.HEAD_DIMS if d <= head_dim or tiles.split_head_dim(d) == pieces]
-    run = {d: tiles.find_tile(architecture, dtype, d) if tiles.split_head_dim(d) != pieces else tile for d in served}
+    alike = {d for d in tiles.HEAD_DIMS if pieces(d) == pieces(head_dim)}
+    served = [d for d in tiles.HEAD_DIMS if d <= head_dim or d in alike]
+    run = {d: tile if d in alike else tiles.find_tile(architecture, dtype, d) for d in served}
     rows = {d: run[d] for d, larger in itertools.zip_longest(served, served[1:]) if run[d] != run.get(larger)}
     whole = json.loads(path.read_text()) if path.exists() else {}
     before = whole.setdefault(architecture, {}).get(dtype, {})
-    whole[architecture][dtype] = {str(d): parameters(t) for d, t in rows.items()}
+    whole[architecture][dtype] = {str(d): dataclasses.asdict(t) for d, t in rows.items()}
     whole[architecture][dtype] |= {d: t for d, t in before.items() if int(d) > served[-1]}
     harness.write_whole(path, json.dumps(whole, indent=1) + "\n")
     read(path)
@@ -105,4 +96,4 @@ def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) 
 def read(path: Path) -> None:
     """Let find_tile look into this file first, if it exists."""
     os.environ["ENTROPY_ATTN_TILES"] = str(path) if path.exists() else ""
-    tiles.reload()
+    tiles.user_table.cache_clear()

@@ -28,15 +28,16 @@ from occupancy import occupancy
 from tqdm import tqdm
 
 from entropy_attn.kernels import aot, tiles
+from entropy_attn.kernels.config import configure
 
 HEAD_DIMS = {"sm_80": (40, 64, 72, 80, 96, 128, 160, 256)}
 MAIN_HEAD_DIMS = (40, 64, 80, 128, 160, 256)
 MASKS: dict[str, dict[str, Any]] = {
     "none": {},
     "causal": {"is_causal": True},
-    "keys": {"mask": "bool"},
-    "bool": {"mask": "bool", "mask_rows": True},
-    "bias": {"mask": "bias", "mask_rows": True},
+    "key padding": {"mask": "boolean"},
+    "boolean": {"mask": "boolean", "mask_per_query": True},
+    "floating": {"mask": "floating", "mask_per_query": True},
 }
 STATUS = "compiled, not timed"
 
@@ -51,12 +52,11 @@ class Case(NamedTuple):
 
 def measure(case: Case) -> dict[str, Any]:
     """A row of the report."""
-    tile = tiles.find_tile(case.architecture, case.dtype, case.head_dim)
+    config = configure(case.architecture, case.dtype, case.head_dim, entropy=case.entropy, **MASKS[case.mask])
+    tile = config.tile
     row = {**case._asdict(), "status": STATUS, "tile": dataclasses.asdict(tile)}
     try:
-        kernel = aot.compile_kernel(
-            case.architecture, case.dtype, case.head_dim, entropy=case.entropy, tile=tile, **MASKS[case.mask]
-        )
+        kernel = aot.compile_config(case.architecture, case.dtype, config)
         loop = sass.main_loop(sass.disassemble(kernel))
     except Exception as error:  # whatever the compiler raises: the other tiles are still of interest
         return row | {"status": "failed", "error": f"{type(error).__name__}: {error}".splitlines()[0]}

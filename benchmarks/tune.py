@@ -25,10 +25,11 @@ from typing import Any
 
 import harness
 import torch
-from candidates import candidates, compile_obstacle, first_line, label, parameters, read, store
+from candidates import candidates, compile_obstacle, first_line, label, read, store
 from tqdm import tqdm
 
 from entropy_attn import attention
+from entropy_attn.backends import triton
 from entropy_attn.kernels import tiles
 from entropy_attn.kernels.tiles import Tile
 
@@ -39,8 +40,9 @@ CHECKED_TOKENS = 333  # whole blocks and an edge
 
 
 def run(tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, entropy: bool) -> Any:
-    with tiles.override(tile):
-        return attention(query, key, value, return_entropy=entropy, backend="triton")
+    """Output, entropy or None, and None, of a launch of the kernel with this tile."""
+    scale = query.shape[3] ** -0.5
+    return triton.forward(query, key, value, None, scale, False, entropy, False, tile=tile)
 
 
 def random_inputs(dtype: str, batch: int, heads: int, tokens: int, head_dim: int, device: str) -> list[torch.Tensor]:
@@ -84,7 +86,7 @@ def tune(dtype: str, head_dim: int, tried: list[Tile], plan: Plan, add: Callable
     right = {}
     for tile in tqdm(tried, desc=f"{dtype}, D = {head_dim}: checking", leave=False, file=sys.stderr):
         if reason := wrong(tile, dtype, head_dim, plan.device):
-            add(row | {"tile": parameters(tile), "dropped": reason})
+            add(row | {"tile": dataclasses.asdict(tile), "dropped": reason})
         else:
             right[label(tile)] = tile
     current = label(tried[0])
@@ -99,13 +101,13 @@ def tune(dtype: str, head_dim: int, tried: list[Tile], plan: Plan, add: Callable
         times = plan.timer(ways, plan.rounds, plan.device)
         for name, taken in times.items():
             ratios[name].append(harness.ratio(taken, times[current]))
-            sizes = {"tokens": tokens, "entropy": entropy, "tile": parameters(right[name])}
+            sizes = {"tokens": tokens, "entropy": entropy, "tile": dataclasses.asdict(right[name])}
             add(row | sizes | {"ms": statistics.median(taken), "ratio": ratios[name][-1]})
     scores = {name: statistics.median(mine) for name, mine in ratios.items()}
     best = min(scores, key=scores.__getitem__)
     chosen = best if scores[best] < ENOUGH else current
     for name, score in scores.items():
-        add(row | {"tile": parameters(right[name]), "score": score, "chosen": name == chosen})
+        add(row | {"tile": dataclasses.asdict(right[name]), "score": score, "chosen": name == chosen})
     return right[chosen]
 
 

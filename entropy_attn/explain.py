@@ -16,7 +16,8 @@ from entropy_attn.op import resolve_scale
 class Explanation:
     """What a call of `attention` would do; `print` it, or read the fields.
 
-    `scale` is None where λ is a tensor: reading it would synchronise. `tile` is None without the Triton kernel.
+    `scale` is None where λ is a tensor: reading it would synchronise. `config` is what the Triton kernel is compiled
+    for, an `entropy_attn.kernels.config.Config`, its tile included; None for the other backends.
     """
 
     backend: str
@@ -24,14 +25,14 @@ class Explanation:
     scale: float | None
     num_tokens: int
     train_tokens: int | None
-    tile: Any
+    config: Any
 
     def __str__(self) -> str:
         trained = f"T = {self.train_tokens}, " if self.train_tokens is not None else ""
         scale = "a tensor" if self.scale is None else f"{self.scale:.6g}"
         lines = [f"backend  {self.backend}: {self.reason}", f"scale    {scale} ({trained}N = {self.num_tokens})"]
-        if self.tile is not None:
-            lines.append(f"tile     {self.tile}")
+        if self.config is not None:
+            lines.append(f"tile     {self.config.tile}")
         return "\n".join(lines)
 
 
@@ -40,14 +41,17 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     bound = inspect.signature(attention).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    query, key, value, _, scale_tensor, scale, *rule, _, _, _, backend = checks.operator_arguments(**given)
+    query, key, value, attn_mask, scale_tensor, scale, *rule, is_causal, return_entropy, return_lse, backend = (
+        checks.operator_arguments(**given)
+    )
     train_tokens, train_entropy, num_tokens = rule
     backend, reason = choose(query, value, backend)
-    tile = None
-    if backend == "triton":
-        from entropy_attn.backends.triton import tile_for
-
-        tile = tile_for(query.device, checks.dtype_of(query), max(query.shape[3], value.shape[3]))
     if scale_tensor is None:
         scale = resolve_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
-    return Explanation(backend, reason, scale, key.shape[2] if num_tokens is None else num_tokens, train_tokens, tile)
+    config = None
+    if backend == "triton":
+        from entropy_attn.backends.triton import config_of
+
+        given_scale = scale if scale_tensor is None else scale_tensor
+        config = config_of(query, key, value, attn_mask, given_scale, is_causal, return_entropy, return_lse)
+    return Explanation(backend, reason, scale, key.shape[2] if num_tokens is None else num_tokens, train_tokens, config)

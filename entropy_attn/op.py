@@ -15,14 +15,6 @@ from entropy_attn import checks
 from entropy_attn.backends import load, new_outputs
 from entropy_attn.scale import entropy_scale
 
-_library = torch.library.Library("entropy_attn", "DEF")
-_library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? scale_tensor, float? scale, "
-    "SymInt? train_tokens, float train_entropy, SymInt? num_tokens, bool is_causal, bool return_entropy, "
-    "bool return_lse, str backend) -> (Tensor out, Tensor entropy, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
 
 def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) -> float:
     """λ as a number, from whichever of the arguments of `attention` decide it."""
@@ -36,17 +28,32 @@ def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) 
 _remembered_scale = functools.lru_cache(maxsize=1024)(resolve_scale)
 
 
-def _compute(
-    query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
-    is_causal, return_entropy, return_lse, backend,
-):  # fmt: skip
-    """The operator itself, on arguments that `attention` has checked."""
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale_tensor: torch.Tensor | None,
+    scale: float | None,
+    train_tokens: int | None,
+    train_entropy: float,
+    num_tokens: int | None,
+    is_causal: bool,
+    return_entropy: bool,
+    return_lse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, entropy and lse from the arguments that `checks.operator_arguments` returns, in this order.
+
+    The operator's schema is this signature.
+    """
+    resolved: float | torch.Tensor
     if scale_tensor is None:
-        scale = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
+        resolved = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
     else:  # (), (B,) or (B, H)
-        scale = (scale_tensor[:, None] if scale_tensor.dim() == 1 else scale_tensor).expand(query.shape[:2])
+        resolved = (scale_tensor[:, None] if scale_tensor.dim() == 1 else scale_tensor).expand(query.shape[:2])
     run = load(query, value, backend)
-    return _tensors(query, run(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse))
+    return _tensors(query, run(query, key, value, attn_mask, resolved, is_causal, return_entropy, return_lse))
 
 
 def _tensors(query, outputs):
@@ -88,7 +95,11 @@ def _autocast(device_type: str):
     return operator
 
 
-_library.impl("attention", _compute, "CompositeExplicitAutograd")
+_library = torch.library.Library("entropy_attn", "DEF")
+_library.define(
+    "attention" + torch.library.infer_schema(_attention, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
 _library.impl("attention", _refuse_derivatives, "Autograd", with_keyset=True)
 _library.impl("attention", _autocast("cpu"), "AutocastCPU")
 _library.impl("attention", _autocast("cuda"), "AutocastCUDA")

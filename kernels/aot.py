@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -18,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import tiles
 from .attention import attention_forward
+from .config import Config, configure
+from .tiles import HEAD_DIMS
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # Bytes of shared memory one program may have (CUDA C Programming Guide, table of technical specifications; RDNA3 and
@@ -41,56 +43,36 @@ class Resources:
 
 
 def compile_kernel(
-    architecture: str,
-    dtype: str,
-    head_dim: int,
-    value_dim: int | None = None,
-    *,
-    entropy: bool = True,
-    lse: bool = False,
-    is_causal: bool = False,
-    mask: str = "none",
-    mask_rows: bool = False,
-    tensor_scale: bool = False,
-    tf32: bool = False,
-    stride_unit: int = 8,
-    mask_unit: int = 16,
-    wide: bool = False,
-    tile: tiles.Tile | None = None,
+    architecture: str, dtype: str, head_dim: int, value_dim: int | None = None, **options: Any
 ) -> CompiledKernel:
-    """The binary that a launch with such arguments would run, for aligned tensors and a mask contiguous in its keys."""
-    value_dim = value_dim or head_dim
-    tile = tile or tiles.find_tile(architecture, dtype, max(head_dim, value_dim))
-    constants = tiles.constexprs(
-        architecture, dtype, head_dim, value_dim, tile,
-        is_causal=is_causal, mask=mask, mask_rows=mask_rows, tf32=tf32, stride_unit=stride_unit, mask_unit=mask_unit,
-        wide=wide,
-    )  # fmt: skip
+    """`compile_config` of `configure`, whose options these are."""
+    return compile_config(architecture, dtype, configure(architecture, dtype, head_dim, value_dim, **options))
+
+
+def compile_config(architecture: str, dtype: str, config: Config) -> CompiledKernel:
+    """The binary that a launch with this configuration runs, for tensors aligned to 16 bytes and a mask contiguous in
+    its keys."""
     element = _TYPES[dtype]
-    pointers = {
-        "Q": element,
-        "K": element,
-        "V": element,
-        "Out": element,
-        "Mask": {"none": None, "bool": "u8", "bias": element}[mask],
-        "Scale": "fp32" if tensor_scale else None,
-        "Lse": "fp32" if lse else None,
-        "Entropy": "fp32" if entropy else None,
-    }
-    constants |= {name: None for name, pointee in pointers.items() if pointee is None}
-    constants |= {"stride_mn": 1} if mask != "none" else {}
+    pointees = {
+        "Q": element, "K": element, "V": element, "Out": element,
+        "Mask": {"none": None, "boolean": "u8", "floating": element}[config.mask],
+        "Entropy": "fp32" if config.entropy else None,
+        "Lse": "fp32" if config.lse else None,
+    } | ({"Scale": "fp32"} if config.tensor_scale else {})  # fmt: skip
+    constants: dict[str, Any] = {name: None for name, pointee in pointees.items() if pointee is None} | {"C": config}
+    if config.mask != "none":
+        constants["stride_mn"] = 1
     signature, attributes = {}, {}
     for index, name in enumerate(attention_forward.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
+        elif name in pointees:
+            signature[name] = f"*{pointees[name]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name == "Scale" else "i32"
     source = ASTSource(attention_forward, signature, constants, attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=_target(architecture), options=options)
+    return triton.compile(source, target=_target(architecture), options=config.launch_options)
 
 
 def resources(kernel: CompiledKernel) -> Resources:
@@ -125,26 +107,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", choices=ARCHITECTURES, nargs="+", default=["sm_80"])
     parser.add_argument("--dtype", choices=_TYPES, nargs="+", default=["float16"])
-    parser.add_argument("--head-dim", type=int, choices=tiles.HEAD_DIMS, nargs="+", default=[64], metavar="D")
-    parser.add_argument("--mask", choices=("none", "bool", "bias"), default="none")
-    parser.add_argument("--mask-rows", action="store_true", help="the mask differs from query to query")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, nargs="+", default=[64], metavar="D")
+    parser.add_argument("--mask", choices=("none", "boolean", "floating"), default="none")
+    parser.add_argument("--mask-per-query", action="store_true", help="the mask differs from query to query")
     parser.add_argument("--causal", action="store_true")
     arguments = parser.parse_args()
-    for architecture in arguments.architecture:
-        for dtype in arguments.dtype:
-            for head_dim in arguments.head_dim:
-                for entropy in (False, True):
-                    tile = tiles.find_tile(architecture, dtype, head_dim)
-                    kernel = compile_kernel(
-                        architecture, dtype, head_dim, entropy=entropy, tile=tile, is_causal=arguments.causal,
-                        mask=arguments.mask, mask_rows=arguments.mask_rows,
-                    )  # fmt: skip
-                    row: dict[str, Any] = {
-                        "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entropy": entropy,
-                        "tile": dataclasses.astuple(tile)[:4], "spills_allowed": tile.spills,
-                        **dataclasses.asdict(resources(kernel)), "shared_limit": SHARED_MEMORY[architecture],
-                    }  # fmt: skip
-                    print(json.dumps(row), flush=True)
+    for architecture, dtype, head_dim, entropy in itertools.product(
+        arguments.architecture, arguments.dtype, arguments.head_dim, (False, True)
+    ):
+        config = configure(
+            architecture, dtype, head_dim, entropy=entropy, is_causal=arguments.causal, mask=arguments.mask,
+            mask_per_query=arguments.mask_per_query,
+        )  # fmt: skip
+        row: dict[str, Any] = {
+            "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entropy": entropy,
+            "tile": dataclasses.astuple(config.tile),
+            **dataclasses.asdict(resources(compile_config(architecture, dtype, config))),
+            "shared_limit": SHARED_MEMORY[architecture],
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

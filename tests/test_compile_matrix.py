@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from entropy_attn.kernels import tiles
+from entropy_attn.kernels import config, tiles
 from entropy_attn.kernels.aot import ARCHITECTURES
 
 BUDGETED = "3.7."  # the version of Triton whose spills the table declares
@@ -53,7 +53,9 @@ def test_main_head_dims(architecture, dtype):
     check(architecture, dtype, MAIN_HEAD_DIMS)
 
 
-@pytest.mark.parametrize("options", ["--causal", "--mask bool", "--mask bool --mask-rows", "--mask bias --mask-rows"])
+@pytest.mark.parametrize(
+    "options", ["--causal", "--mask boolean", "--mask boolean --mask-per-query", "--mask floating --mask-per-query"]
+)
 def test_masks_cost_no_registers_they_do_not_have(options):
     for row in compile_all("sm_80", "float16", (64, 128), *options.split()):
         assert row["shared"] <= row["shared_limit"]
@@ -76,19 +78,20 @@ def test_head_dims_meet_every_entry():
 
 @pytest.mark.parametrize("head_dim", tiles.HEAD_DIMS)
 def test_pieces_of_the_head_dim(head_dim):
-    first, second = tiles.split_head_dim(head_dim)
-    whole = 1 << (head_dim - 1).bit_length()
-    assert head_dim <= first + second <= max(16, whole)
-    assert all(piece == 0 or (piece >= 16 and piece & (piece - 1) == 0) for piece in (first, second))
+    pieces = config.pieces(head_dim)
+    widths = [width for _, width in pieces]
+    assert [start for start, _ in pieces] == [0, widths[0]][: len(pieces)]
+    assert head_dim <= sum(widths) <= max(16, 1 << (head_dim - 1).bit_length())
+    assert all(width >= 16 and width & (width - 1) == 0 for width in widths)
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "pieces"),
-    [(8, (16, 0)), (24, (32, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (96, (64, 32)),
-     (128, (128, 0)), (160, (128, 32)), (192, (128, 64)), (256, (256, 0)), (512, (512, 0))],
+    ("head_dim", "widths"),
+    [(8, [16]), (24, [32]), (40, [32, 16]), (64, [64]), (72, [64, 16]), (80, [64, 16]), (96, [64, 32]), (128, [128]),
+     (160, [128, 32]), (192, [128, 64]), (256, [256]), (512, [512])],
 )  # fmt: skip
-def test_known_pieces(head_dim, pieces):
-    assert tiles.split_head_dim(head_dim) == pieces
+def test_known_pieces(head_dim, widths):
+    assert [width for _, width in config.pieces(head_dim)] == widths
 
 
 @pytest.mark.parametrize(
@@ -124,12 +127,12 @@ def test_bad_tiles_of_the_user(tmp_path, monkeypatch, text):
 OPTIONS = """
 import itertools, sys
 from entropy_attn.kernels import aot
-masks = [("none", False), ("bool", False), ("bool", True), ("bias", False), ("bias", True)]
-for (mask, mask_rows), dtype in itertools.product(masks, ("float16", "float32")):
+masks = [("none", False), ("boolean", False), ("boolean", True), ("floating", False), ("floating", True)]
+for (mask, mask_per_query), dtype in itertools.product(masks, ("float16", "float32")):
     plain = mask == "none"
     kernel = aot.compile_kernel(
-        sys.argv[1], dtype, 40, 24, entropy=True, lse=True, mask=mask, mask_rows=mask_rows,
-        is_causal=plain, tensor_scale=plain, wide=plain, stride_unit=1 if plain else 8,
+        sys.argv[1], dtype, 40, 24, entropy=True, lse=True, mask=mask, mask_per_query=mask_per_query,
+        is_causal=plain, tensor_scale=plain, large_offsets=plain, row_unit=1 if plain else 8,
     )
     assert aot.resources(kernel).shared <= aot.SHARED_MEMORY[sys.argv[1]], (mask, dtype)
 print("done")

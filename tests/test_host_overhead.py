@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -113,37 +114,30 @@ def test_masks_are_broadcast(shape, floating):
 
 
 @INTERPRETED
-def test_override_and_reload(tmp_path, monkeypatch):
-    from entropy_attn.backends import triton
-
-    def grid():
-        launch.clear()
-        attention(*tensors(), backend="triton")
-        return launch[0], explain(*tensors(), backend="triton").tile
-
-    launch: list = []
-    monkeypatch.setattr(triton, "_launch", lambda tile, *rest: launch.append(tile))
-    monkeypatch.setenv("ENTROPY_ATTN_TILES", "")
-    tiles.reload()
-    present = tiles.find_tile("sm_80", "float32", 16)
-    one, other, mine = tiles.Tile(16, 16, 4, 1), tiles.Tile(32, 16, 4, 1), tiles.Tile(32, 32, 4, 1)
-    assert grid() == (present, present)
-    with tiles.override(one):
-        assert grid() == (one, one)
-        with tiles.override(other):
-            assert grid() == (other, other)
-        assert grid() == (one, one)
-    assert grid() == (present, present)
-
-    path = tmp_path / "tiles.json"
+def test_tiles_of_the_user_and_of_the_caller(tmp_path, monkeypatch):
+    """A file is read at the first call of a process; a tile that the caller gives stands in for the table's."""
     row = {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1}
+    path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"sm_80": {"float32": {"16": row}}}))
-    monkeypatch.setenv("ENTROPY_ATTN_TILES", str(path))
-    assert grid() == (present, present)  # read once
-    tiles.reload()
-    assert grid() == (mine, mine)
-    monkeypatch.undo()
-    tiles.reload()
+    code = """if True:
+        import torch
+        from entropy_attn import attention, explain
+        from entropy_attn.backends import triton
+        from entropy_attn.kernels.tiles import Tile
+        query = torch.randn(1, 1, 40, 16)
+        launched = []
+        class Launcher:
+            def __getitem__(self, grid):
+                return lambda *arguments, C, **options: launched.append(C.tile)
+        triton.attention_forward = Launcher()
+        attention(query, query, query, backend="triton")
+        triton.forward(query, query, query, None, 0.25, False, False, False, tile=Tile(16, 16, 4, 1))
+        print(*launched, explain(query, query, query, backend="triton").config.tile, sep="\\n")
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1", "ENTROPY_ATTN_TILES": str(path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    mine, given = tiles.Tile(32, 32, 4, 1), tiles.Tile(16, 16, 4, 1)
+    assert done.stdout.split("\n") == [str(mine), str(given), str(mine), ""]
 
 
 def test_whoever_watches_sees_the_operator():

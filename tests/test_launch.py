@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from entropy_attn import attention
 from entropy_attn.backends import triton as backend
 from entropy_attn.kernels.attention import attention_forward
+from entropy_attn.kernels.config import Config
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="CPU tensors reach the launch in the interpreter only"
@@ -18,16 +19,16 @@ pytestmark = pytest.mark.skipif(
 
 NAMES = attention_forward.fn.__code__.co_varnames[: attention_forward.fn.__code__.co_argcount]
 # Not told apart by their values; floating numbers never are.
-NEVER = {n for n in NAMES if n.startswith("stride_") and n != "stride_mn"} | {"H", "Hkv", "Nq", "Nk", "scale"}
+NEVER = {n for n in NAMES if n.startswith("stride_") and n != "stride_mn"} | {"H", "Hkv", "Nq", "Nk"}
 
 
 def kind(name: str, value):
     """What Triton's launcher looks at."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
-    if value is None or name in NEVER:
+    if value is None or name in NEVER or isinstance(value, float):
         return value is None
-    return value if name.isupper() or value in (0, 1) else (value % 16 == 0)
+    return value if isinstance(value, Config) or value in (0, 1) else (value % 16 == 0)
 
 
 def kernels_of(calls, monkeypatch) -> set:
@@ -35,11 +36,8 @@ def kernels_of(calls, monkeypatch) -> set:
 
     class Launcher:
         def __getitem__(self, grid):
-            def launch(*arguments, **constants):
-                constants = {
-                    n: x for n, x in constants.items() if n not in ("num_warps", "num_stages", "enable_fp_fusion")
-                }
-                given = dict(zip(NAMES, arguments, strict=False)) | constants
+            def launch(*arguments, C, num_warps, num_stages, enable_fp_fusion):
+                given = dict(zip(NAMES, arguments, strict=False)) | {"C": C}
                 seen.add(tuple((name, kind(name, x)) for name, x in sorted(given.items())))
 
             return launch
@@ -57,7 +55,7 @@ def qkv(N=64, D=16, B=2, H=2):
 def test_the_kernel_is_told_what_not_to_look_at():
     if not hasattr(attention_forward, "kwargs"):
         pytest.skip("this version of Triton's interpreter does not keep what the decorator was given")
-    assert set(attention_forward.kwargs["do_not_specialize"]) == NEVER - {"scale"}
+    assert set(attention_forward.kwargs["do_not_specialize"]) == NEVER
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
@@ -87,7 +85,7 @@ def test_strides_of_axes_of_one_do_not_count(axis, monkeypatch):
     odd = torch.zeros(plain.numel() + 7).as_strided(shape, strides)
     seen = kernels_of([dict.fromkeys(("query", "key", "value"), x) for x in (plain, odd)], monkeypatch)
     assert len(seen) == 1
-    assert dict(next(iter(seen)))["STRIDE_UNIT"] == 8
+    assert dict(next(iter(seen)))["C"].row_unit == 8
 
 
 def test_lengths_heads_and_strides_take_one_kernel(monkeypatch):
