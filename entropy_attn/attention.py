@@ -53,7 +53,8 @@ def attention(
         dropout_p: must be 0.
         is_causal: query i sees the keys 0 … i. Not together with `attn_mask`.
         scale: λ as a number, or as a float32 tensor of shape (), (B,) or (B, H) on the device of query. The tensor
-            is read on the device, without synchronising, so its elements are not checked: NaN gives NaN.
+            is read on the device, without synchronising, so its elements are not checked: NaN gives NaN (in a row
+            that sees no key, NaN or 0).
         enable_gqa: allow H to be a multiple of Hkv. Keys and values are not repeated in memory (but for "reference").
         train_tokens: T, the number of tokens the model was trained with. Not together with `scale`.
         train_entropy: H_T in nats, the layer's mean entropy at T tokens; λ is then

@@ -55,6 +55,7 @@ class Mask:
     hidden: bool = True  # a part of the entries, anywhere
     rows: bool = False  # every third query sees no key
     columns: bool = False  # every third key is seen by no query
+    padding: bool = False  # the last third of the keys is seen by no query
     everything: bool = False
     lowest: bool = False  # a part of the entries, and every fourth query's, is the dtype's lowest number
     size: float = 1.0  # of the numbers in it
@@ -299,16 +300,18 @@ def _draw_mask(r: random.Random, dtype: str) -> Mask:
     def some(share: float) -> bool:
         return r.random() < share
 
+    padding = some(0.25)  # often with nothing else, as a key-padding mask
     return Mask(
         dtype=kind,
         axes=r.choice((2, 3, 4, 4)),
-        full=tuple(some(0.6) for _ in FORWARDS),
-        hidden=some(0.8),
+        full=(some(0.6), some(0.6), some(0.3 if padding else 0.6), padding or some(0.6)),
+        hidden=some(0.3 if padding else 0.8),
         rows=some(0.2),
         columns=some(0.4),
+        padding=padding,
         everything=some(0.04),
         lowest=kind != "bool" and some(0.2),
-        size=1.0 if kind == "bool" else r.choice((0.0, 1.0, 10.0, 1e4)),
+        size=1.0 if kind == "bool" else r.choice((0.0, 0.0, 1.0, 10.0, 1e4)),
         memory=_draw_memory(r),
     )
 

@@ -158,6 +158,8 @@ def _mask(call: Call, mask: Mask) -> list[str]:
         made.append(f"attn_mask[:, :, ::3] = {hide}")
     if mask.columns and shape[3] > 1:
         made.append(f"attn_mask[..., 1::3] = {hide}")
+    if mask.padding and shape[3] > 1:
+        made.append(f"attn_mask[..., {shape[3] * 2 // 3} :] = {hide}")
     if mask.everything:
         made.append(f"attn_mask[:] = {hide}")
     return made
