@@ -52,6 +52,8 @@ def scores(queries, k, C: tl.constexpr):
 def attend(queries, keys, start, state, scale, C: tl.constexpr, EDGE: tl.constexpr):
     """Fold the keys start .. start + BLOCK_N into the running softmax. EDGE: some may be hidden, and logits may be of
     any size."""
+    KEY_PIECES: tl.constexpr = C.key_pieces  # Triton 3.4 passes on a tuple only under a name of its own
+    VALUE_PIECES: tl.constexpr = C.value_pieces
     MASKED: tl.constexpr = C.mask_per_query or (EDGE and C.mask != "none")
     key_index = start + tl.arange(0, C.tile.block_n)
     inside = key_index < keys.end  # [N]
@@ -59,7 +61,7 @@ def attend(queries, keys, start, state, scale, C: tl.constexpr, EDGE: tl.constex
     # The value of a key that is hidden from the whole tile is not read: NaN there does not reach the output.
     seen = (tl.max(bias, 0) != float("-inf")) if MASKED else inside  # [N]
 
-    k = rows.load(keys.key, start, inside, EDGE, C.key_pieces, C.head_dim)
+    k = rows.load(keys.key, start, inside, EDGE, KEY_PIECES, C.head_dim)
     s = scores(queries, k, C)
     unit = scale
     if MASKED and C.mask == "floating":
@@ -67,7 +69,7 @@ def attend(queries, keys, start, state, scale, C: tl.constexpr, EDGE: tl.constex
         unit = 1.0
     s = masks.hide(s, bias, key_index, queries.index, inside, C, EDGE)
     state, p = softmax.fold(state, s, unit, C, EDGE or MASKED, EDGE)
-    v = rows.load(keys.value, start, seen, EDGE or MASKED, C.value_pieces, C.value_dim)
+    v = rows.load(keys.value, start, seen, EDGE or MASKED, VALUE_PIECES, C.value_dim)
     return softmax.accumulate(state, p, v, C)
 
 
@@ -95,6 +97,8 @@ def attention_forward(
     """
     M: tl.constexpr = C.tile.block_m
     N: tl.constexpr = C.tile.block_n
+    KEY_PIECES: tl.constexpr = C.key_pieces
+    VALUE_PIECES: tl.constexpr = C.value_pieces
     tiles = tl.cdiv(Nq, M)
     tile = tl.program_id(0) % tiles
     if C.is_causal:
@@ -122,7 +126,7 @@ def attention_forward(
     scale = tl.where(scale == 0.0, SMALLEST, tl.abs(scale))  # positive: the maximum of s * scale is max(s) * scale
     if C.mask != "floating":
         scale *= softmax.LOG2E
-    q = rows.load(q_rows, first, inside, True, C.key_pieces, C.head_dim)
+    q = rows.load(q_rows, first, inside, True, KEY_PIECES, C.head_dim)
     signed = ()
     for i in tl.static_range(len(q)):
         signed = signed + ((q[i].to(tl.float32) * sign).to(q[i].dtype),)
@@ -146,7 +150,7 @@ def attention_forward(
         state = attend(queries, keys, start, state, scale, C, True)
 
     out, entropy, lse = softmax.results(state, C)
-    rows.store(out_rows, first, inside, out, C.value_pieces, C.value_dim)
+    rows.store(out_rows, first, inside, out, VALUE_PIECES, C.value_dim)
     row = batch_head.to(tl.int64) * Nq + query_index
     if C.entropy:
         tl.store(Entropy + row, entropy, mask=inside)

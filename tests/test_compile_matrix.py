@@ -18,7 +18,11 @@ import triton
 from entropy_attn.kernels import config, tiles
 from entropy_attn.kernels.aot import ARCHITECTURES
 
-BUDGETED = "3.7."  # the version of Triton whose spills the table declares
+# The most stack in bytes that Triton 3.7 may give a thread, in the main loop or not, by the entries of the table of
+# tiles; 0 where an entry is missing. Another version spills elsewhere: there the record is a report.
+BUDGETED = "3.7."
+SPILLS: dict[tuple[str, int], dict[int, int]] = {}
+SPILLS_WITH_MASKS = 384
 RECORDS = Path(__file__).parent.parent / "build" / "compile_matrix"
 MAIN_HEAD_DIMS = (40, 64, 80, 128, 160)
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
@@ -42,9 +46,14 @@ def check(architecture: str, dtype: str, head_dims: tuple[int, ...]) -> None:
     assert [(row["head_dim"], row["entropy"]) for row in rows] == [(d, e) for d in head_dims for e in (False, True)]
     too_large = [row for row in rows if row["shared"] > row["shared_limit"]]
     assert not too_large, "needs more shared memory than the architecture has"
-    # Another version of Triton spills elsewhere: there it is only a report, in the record.
-    spilling = [row for row in rows if row["spills"] > row["spills_allowed"]]
-    assert not (spilling and triton.__version__.startswith(BUDGETED)), "spills more than the table declares"
+    spilling = [row for row in rows if row["spills"] > spills_allowed(architecture, dtype, row["head_dim"])]
+    assert not (spilling and triton.__version__.startswith(BUDGETED)), "spills more than it may"
+
+
+def spills_allowed(architecture: str, dtype: str, head_dim: int) -> int:
+    architecture, bits = tiles.table_architecture(architecture), 32 if dtype == "float32" else 16
+    entry = min(largest for largest in tiles.TABLE[architecture][bits] if largest >= head_dim)
+    return SPILLS.get((architecture, bits), {}).get(entry, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -60,7 +69,7 @@ def test_masks_cost_no_registers_they_do_not_have(options):
     for row in compile_all("sm_80", "float16", (64, 128), *options.split()):
         assert row["shared"] <= row["shared_limit"]
         assert row["registers"] > 100, "the compiler gave up on registers"
-        assert row["spills"] <= 192 or not triton.__version__.startswith(BUDGETED), row
+        assert row["spills"] <= SPILLS_WITH_MASKS or not triton.__version__.startswith(BUDGETED), row
 
 
 @pytest.mark.slow
