@@ -18,13 +18,15 @@ import torch
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAPER = BENCHMARKS / "paper"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 
 
 @pytest.fixture
 def evaluation(monkeypatch):
     """Imports a module of the evaluation by its name, and forgets them all at the end."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for folder in (BENCHMARKS, PAPER):
+        monkeypatch.syspath_prepend(str(folder))
     yield lambda name: importlib.import_module(name)
     ours = ("evaluation", "glyphs", "metrics", "harness", "paper")
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:
@@ -32,7 +34,7 @@ def evaluation(monkeypatch):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    command = [sys.executable, PAPER / "paper.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -172,7 +174,7 @@ def test_seeds_are_the_images_numbers(evaluation, monkeypatch, tmp_path):
 
 def test_an_interrupted_run_goes_on(evaluation, monkeypatch, tmp_path):
     arguments = ("--num", 40, "--batch", 10, "--steps", 2, "--sizes", "32x32", "--what", "clip", "--out", tmp_path)
-    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    command = [sys.executable, PAPER / "paper.py", *map(str, arguments)]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it, and pass that on)
     running = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed
@@ -216,7 +218,7 @@ def test_a_full_disk_loses_nothing(evaluation, monkeypatch, tmp_path):
         "--out",
         tmp_path,
     )
-    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    command = [sys.executable, PAPER / "paper.py", *map(str, arguments)]
     full = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, preexec_fn=limited)
     assert full.returncode == 2
     assert "paper.py: [Errno 27] File too large" in full.stderr

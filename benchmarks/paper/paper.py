@@ -1,7 +1,7 @@
 """The paper's tables and figures on a model: does λ help, where, and by how much.
 
-    python benchmarks/paper.py --model glyphs
-    python benchmarks/paper.py --model sd21 --references coco/ --num 2000 --device cuda
+    python benchmarks/paper/paper.py --model glyphs
+    python benchmarks/paper/paper.py --model sd21 --references coco/ --num 2000 --device cuda
 
 Every image is kept, so an interrupted run goes on where it was. Image number n comes from seed n with every scale. The
 first half of the images chooses among the exponents, and all figures are of the second half. Intervals are of 95 %, by
@@ -18,6 +18,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where harness.py is
 
 import harness
 import torch

@@ -127,7 +127,7 @@ def glyphs(folder: Path = GLYPHS, device: str = "cpu", dtype: torch.dtype = torc
     """The embedded pipeline; `options` are the same in every call. Raises ValueError where there is none."""
     if not (folder / "model_index.json").exists():
         raise ValueError(
-            f"no glyph pipeline in {folder}: train one with `python benchmarks/glyphs/train.py --out {folder}`"
+            f"no glyph pipeline in {folder}: train one with `python benchmarks/paper/glyphs/train.py --out {folder}`"
         )
     # The name of this argument differs between versions of Diffusers; float32 needs none.
     options_of_dtype = {} if dtype == torch.float32 else {"torch_dtype": dtype}

@@ -2,7 +2,7 @@
 
 The distance is between features of this network and has nothing to do with those of Inception.
 
-python benchmarks/glyphs/recogniser.py trains it, in about three minutes on one core.
+python benchmarks/paper/glyphs/recogniser.py trains it, in about three minutes on one core.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def resize(images: torch.Tensor) -> torch.Tensor:
 def load(path: Path = WEIGHTS) -> Recogniser:
     """The trained recogniser. Raises FileNotFoundError where its weights are missing."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `python benchmarks/glyphs/recogniser.py`")
+        raise FileNotFoundError(f"{path} is missing: run `python benchmarks/paper/glyphs/recogniser.py`")
     recogniser = Recogniser()
     recogniser.load_state_dict(load_file(path))
     return recogniser.eval()

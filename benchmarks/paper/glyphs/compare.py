@@ -1,10 +1,10 @@
-"""Designs side by side: python benchmarks/glyphs/compare.py build/designs/*
+"""Designs side by side: python benchmarks/paper/glyphs/compare.py build/designs/*
 
 Of each folder it reads what train.py, attention.py and paper.py wrote there:
 
-    python benchmarks/glyphs/train.py --design sharp --out build/designs/sharp
-    python benchmarks/glyphs/attention.py build/designs/sharp
-    python benchmarks/paper.py --what fid clip --folder build/designs/sharp --out build/designs/sharp
+    python benchmarks/paper/glyphs/train.py --design sharp --out build/designs/sharp
+    python benchmarks/paper/glyphs/attention.py build/designs/sharp
+    python benchmarks/paper/paper.py --what fid clip --folder build/designs/sharp --out build/designs/sharp
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[:0] = map(str, Path(__file__).parents[1:3])  # where evaluation and glyphs are, and harness.py
 
 import harness
 from evaluation import rows as row_files

@@ -1,4 +1,4 @@
-"""Train the glyph pipeline: `python benchmarks/glyphs/train.py`, which goes on where it was interrupted.
+"""Train the glyph pipeline: `python benchmarks/paper/glyphs/train.py`, which goes on where it was interrupted.
 
 v-prediction at one image size. Every step draws its images, times and noise from a seed of its own, so that a training
 that was interrupted ends at the same weights as one that was not (with the same number of processes). The network that

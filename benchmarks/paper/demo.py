@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where harness.py is
+
 import torch
 
 try:
