@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from glyphs import data
@@ -16,6 +17,8 @@ from glyphs.pipeline import GlyphPipeline
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibration_from, enable
 
 Size = tuple[int, int]  # width, height: the paper's order
+# The argument of from_pretrained: `torch_dtype` before Diffusers 0.40, and a FutureWarning since.
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 GLYPHS = Path(__file__).parent.parent / "glyphs" / "model"
 GLYPH_SIZES = ((16, 16), (20, 20), (28, 28), (32, 32), (36, 36), (16, 24), (24, 16), (24, 36), (36, 24), (24, 24))
 SD_SIZES = ((128, 128), (224, 224), (384, 384), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
@@ -129,9 +132,7 @@ def glyphs(folder: Path = GLYPHS, device: str = "cpu", dtype: torch.dtype = torc
         raise ValueError(
             f"no glyph pipeline in {folder}: train one with `python benchmarks/paper/glyphs/train.py --out {folder}`"
         )
-    # The name of this argument differs between versions of Diffusers; float32 needs none.
-    options_of_dtype = {} if dtype == torch.float32 else {"torch_dtype": dtype}
-    pipe = GlyphPipeline.from_pretrained(folder, **options_of_dtype).to(device)
+    pipe = GlyphPipeline.from_pretrained(folder, **{DTYPE: dtype}).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Subject(
         "glyphs", pipe, (pipe.train_size, pipe.train_size), GLYPH_SIZES, pipe.multiple,
@@ -155,7 +156,7 @@ def text_to_image(
     known = KNOWN.get(name)
     path = known.path if known else name
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE: dtype})
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be loaded (a local folder, or a hub id with a network): {reason}") from error
