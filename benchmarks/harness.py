@@ -260,13 +260,19 @@ def pyplot() -> Any:
     return plt
 
 
-def token_axis(axes: Any, tokens: Iterable[int]) -> None:
-    """A logarithmic x axis with a tick for each number of tokens, less those whose labels would overlap."""
+def token_ticks(tokens: Iterable[int]) -> list[int]:
+    """The numbers of tokens to label on a logarithmic axis: all of them, less those whose labels would overlap."""
     ticks: list[int] = []
     tokens = sorted(set(tokens))
     for N in tokens:
         if not ticks or N / ticks[-1] >= max(1.1, (tokens[-1] / tokens[0]) ** 0.09):
             ticks.append(N)
+    return ticks
+
+
+def token_axis(axes: Any, tokens: Iterable[int]) -> None:
+    """A logarithmic x axis whose ticks are numbers of tokens."""
+    ticks = token_ticks(tokens)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(N) for N in ticks])
     axes.minorticks_off()

@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +23,8 @@ if __name__ == "__main__":
 import torch
 
 try:
-    import numpy as np
     from diffusers.utils import logging
-    from evaluation.figures import fit
+    from evaluation import figures
     from evaluation.judges import GlyphJudge, distance_row
     from evaluation.subjects import GLYPHS, Size, Subject, glyphs
     from tqdm import tqdm
@@ -34,7 +32,7 @@ except ImportError as error:
     sys.exit(f"{error.name} is missing: pip install 'entropy_attn[demo]'")
 import harness
 
-from entropy_attn.diffusers import EntropyRecord
+from entropy_attn.diffusers import EntropyRecord, plots
 
 SIZES: tuple[Size, ...] = ((16, 16), (16, 24), (24, 24), (24, 36), (32, 32))
 RECORDED = 20  # images for the entropy, two of each digit
@@ -61,10 +59,7 @@ def sample(subject: Subject, judge: GlyphJudge, size: Size, count: int, settings
 
 def mean_entropies(record: EntropyRecord) -> dict[int, float]:
     """The mean entropy of the layers with each number of tokens, most tokens first."""
-    levels = defaultdict(list)
-    for row in record.table(by=("layer",)):
-        levels[row["tokens"]].append(row["entropy"])
-    return {N: sum(levels[N]) / len(levels[N]) for N in sorted(levels, reverse=True)}
+    return dict(sorted(plots.mean_entropy(record.table(by=("layer",)), "tokens").items(), reverse=True))
 
 
 def verdict(low: float, high: float) -> str:
@@ -120,33 +115,32 @@ def draw_images(figure: Any, outcomes: dict, trained: Size) -> None:
 
 
 def draw_fits(axes: Any, outcomes: dict) -> None:
-    """Mean entropy of the layers at each level of the UNet against ln N, with straight lines (Fig. 5)."""
-    tokens: list[int] = []
+    """Mean entropy of the layers at each level of the UNet against ln N, with fitted lines (Fig. 5)."""
+    groups = []
     for colour, (position, way) in zip(("tab:red", "tab:blue"), enumerate(WAYS), strict=True):
         means = [mean_entropies(pair[position].record) for pair in outcomes.values()]
-        for level, marker in zip(range(len(means[0])), "osD^", strict=False):
-            N, entropy = np.array([list(mean.items())[level] for mean in means]).T
-            line = fit(N, entropy)
-            label = f"{way}, level {level}: slope {line.slope:.3f}, R² {line.r_squared:.4f}"
-            axes.plot(N, entropy, marker, color=colour, label=label)
-            ends = np.array([N.min(), N.max()])
-            axes.plot(ends, line.slope * np.log(ends) + line.intercept, color=colour, linewidth=1)
-            tokens += N.astype(int).tolist()
-    harness.token_axis(axes, tokens)
+        for level, marker in zip(range(len(means[0])), plots.MARKERS, strict=False):
+            N, entropy = zip(*(list(mean.items())[level] for mean in means), strict=True)
+            look = {"color": colour, "marker": marker, "linewidth": 1}
+            groups.append(plots.Points(f"{way}, level {level}", N, entropy, look))
+    plots.plot_fits(axes, groups, figures.slope)
+    figures.label_tokens(axes, [N for group in groups for N in group.tokens])
     axes.set(xlabel="tokens N of a layer", ylabel="mean entropy (nats)", title="Entropy against ln N")
     axes.legend(frameon=False, fontsize=8)
 
 
 def draw_layers(axes: Any, outcomes: dict, trained: Size) -> None:
-    """Entropy of every layer at the trained size, the smallest and the largest, with both scales (Fig. 6)."""
+    """Entropy of each layer at the smallest size, the trained one and the largest, with both scales (Fig. 6)."""
     sizes = sorted(outcomes, key=lambda size: size[0] * size[1])
+    lines = []
     for colour, size in zip(("tab:green", "tab:gray", "tab:purple"), (sizes[0], trained, sizes[-1]), strict=True):
         for style, (position, way) in zip(("-", "--"), enumerate(WAYS), strict=True):
             if size == trained and position:
                 continue
-            rows = outcomes[size][position].record.table(by=("layer",))
             label = f"{size[0]} x {size[1]}, {'trained' if size == trained else way.split(',')[0].split(' ')[0]}"
-            axes.plot([row["entropy"] for row in rows], style, color=colour, marker="o", label=label)
+            entropy = [row["entropy"] for row in outcomes[size][position].record.table(by=("layer",))]
+            lines.append(plots.Line(label, entropy, {"color": colour, "linestyle": style, "marker": "o"}))
+    plots.plot_lines(axes, lines)
     axes.set(xlabel="self-attention layer, in order", ylabel="mean entropy (nats)", title="Entropy of every layer")
     axes.legend(frameon=False, fontsize=8, ncols=2)
 

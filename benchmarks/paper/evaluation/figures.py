@@ -1,37 +1,28 @@
-"""The rows of a run as pictures: quality by size, entropy against ln N (Fig. 5), and by layer and step (Fig. 6)."""
+"""The rows of a run as pictures: quality by size, entropy against ln N (Fig. 5), and by layer and step (Fig. 6).
+
+The library draws and fits Fig. 5 and 6; this module chooses what they show.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
 import numpy as np
 
+from entropy_attn.diffusers import plots
 from evaluation import rules
+from evaluation.subjects import Size
 
 Row = dict[str, Any]
+SHOWN = (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED)  # in Fig. 5 and 6
 COLOURS = {
     rules.ORIGINAL: "tab:red", rules.PAPER: "tab:blue", "exponent 1": "tab:cyan", "exponent 2": "tab:green",
     "exponent 4": "tab:olive", rules.CALIBRATED: "tab:purple", rules.MATCHED: "tab:brown",
 }  # fmt: skip
-
-
-class Fit(NamedTuple):
-    """Entropy = slope ln N + intercept, by least squares, and how much of the variance that explains."""
-
-    slope: float
-    intercept: float
-    r_squared: float
-
-
-def fit(N: np.ndarray, entropy: np.ndarray) -> Fit:
-    """Raises ValueError for fewer than 2 different N."""
-    if len(set(N.tolist())) < 2:
-        raise ValueError(f"a fit needs at least 2 different numbers of tokens, got {sorted(set(N.tolist()))}")
-    slope, intercept = np.polyfit(np.log(N), entropy, 1)
-    return Fit(float(slope), float(intercept), float(np.corrcoef(np.log(N), entropy)[0, 1] ** 2))
 
 
 def entropy_rows(rows: list[Row]) -> list[Row]:
@@ -44,7 +35,7 @@ def entropy_rows(rows: list[Row]) -> list[Row]:
     ]
 
 
-def draw(rows: list[Row], path: Path, train_size: tuple[int, int], names: dict[str, str]) -> None:
+def draw(rows: list[Row], path: Path, train_size: Size, names: dict[str, str]) -> None:
     """All pictures that the rows allow, in one file; `names` are those of the kinds of figures of merit."""
     drawings = [
         functools.partial(draw_quality, kind=kind, name=name)
@@ -52,7 +43,7 @@ def draw(rows: list[Row], path: Path, train_size: tuple[int, int], names: dict[s
         if any(row["kind"] == kind and (row["width"], row["height"]) != train_size for row in rows)
     ]
     if any(row["kind"] == "entropy" for row in rows):
-        drawings += [draw_fits, draw_layers, draw_steps]
+        drawings += [draw_fits, functools.partial(draw_lines, over="layer"), functools.partial(draw_lines, over="step")]
     if not drawings:
         return
     plt = harness.pyplot()
@@ -67,7 +58,7 @@ def draw(rows: list[Row], path: Path, train_size: tuple[int, int], names: dict[s
     plt.close(figure)
 
 
-def draw_quality(axes: Any, rows: list[Row], train_size: tuple[int, int], kind: str, name: str) -> None:
+def draw_quality(axes: Any, rows: list[Row], train_size: Size, kind: str, name: str) -> None:
     """A figure of merit relative to that of the original scale, by size."""
     of = [row for row in rows if row["kind"] == kind and (row["width"], row["height"]) != train_size]
     sizes = sorted({(row["width"], row["height"]) for row in of}, key=lambda size: size[0] * size[1])
@@ -84,51 +75,54 @@ def draw_quality(axes: Any, rows: list[Row], train_size: tuple[int, int], kind: 
     axes.legend(frameon=False, fontsize=8)
 
 
-def by_level(rows: list[Row], rule: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """T -> (N, mean entropy) over the sizes, from `entropy_rows`."""
-    means: dict[int, dict[int, list[float]]] = {}
+def by_level(rows: list[Row], rule: str) -> dict[int, dict[int, float]]:
+    """T -> N -> mean entropy over the sizes, from `entropy_rows`; N ascending."""
+    levels: dict[int, list[Row]] = {}
     for row in rows:
         if row["rule"] == rule:
-            means.setdefault(row["train_tokens"], {}).setdefault(row["tokens"], []).append(row["entropy"])
-    return {
-        T: (np.array(sorted(of)), np.array([np.mean(of[N]) for N in sorted(of)])) for T, of in sorted(means.items())
-    }
+            levels.setdefault(row["train_tokens"], []).append(row)
+    return {T: dict(sorted(plots.mean_entropy(levels[T], "tokens").items())) for T in sorted(levels)}
 
 
-def draw_fits(axes: Any, rows: list[Row], train_size: tuple[int, int]) -> None:
-    tokens: list[int] = []
-    for rule in (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED):
-        for (T, (N, entropy)), marker in zip(by_level(entropy_rows(rows), rule).items(), "osD^v", strict=False):
-            label = f"{rule}, T = {T}"
-            if len(N) > 1:
-                line = fit(N, entropy)
-                label += f": slope {line.slope:.3f}, R² {line.r_squared:.3f}"
-                axes.plot(N, line.slope * np.log(N) + line.intercept, color=COLOURS[rule], linewidth=1)
-            axes.plot(N, entropy, marker, color=COLOURS[rule], label=label)
-            tokens += N.tolist()
-    harness.token_axis(axes, tokens)
+def slope(line: plots.Fit) -> str:
+    return f"slope {line.slope:.3f}, R² {line.r_squared:.4f}"
+
+
+def label_tokens(axes: Any, tokens: Iterable[int]) -> None:
+    """Label an axis of ln N with N."""
+    ticks = harness.token_ticks(tokens)
+    axes.set_xticks(np.log(ticks), [str(N) for N in ticks])
+
+
+def draw_fits(axes: Any, rows: list[Row], train_size: Size) -> None:
+    groups = [
+        plots.Points(
+            f"{rule}, T = {T}", list(level), list(level.values()),
+            {"color": COLOURS[rule], "marker": marker, "linewidth": 1},
+        )
+        for rule in SHOWN
+        for (T, level), marker in zip(by_level(entropy_rows(rows), rule).items(), plots.MARKERS, strict=False)
+    ]  # fmt: skip
+    plots.plot_fits(axes, groups, slope)
+    label_tokens(axes, [N for group in groups for N in group.tokens])
     axes.set(xlabel="tokens N of a layer", ylabel="mean entropy (nats)", title="Entropy against ln N")
     axes.legend(frameon=False, fontsize=8)
 
 
-def draw_lines(axes: Any, rows: list[Row], train_size: tuple[int, int], over: str) -> None:
-    """Mean entropy over layers or steps: the trained size, the smallest and the largest, with two scales."""
-    of = entropy_rows(rows)
-    sizes = sorted({(row["width"], row["height"]) for row in of}, key=lambda size: size[0] * size[1])
-    shown = [sizes[0], sizes[-1]] + ([train_size] if train_size in sizes else [])
-    for size, colour in zip(dict.fromkeys(shown), ("tab:green", "tab:purple", "tab:gray"), strict=False):
-        for rule, style in ((rules.ORIGINAL, "-"), (rules.PAPER, "--"), (rules.CALIBRATED, ":")):
-            chosen = [row for row in of if (row["width"], row["height"]) == size and row["rule"] == rule]
-            places = dict.fromkeys(row[over] for row in chosen)
-            means = [np.mean([row["entropy"] for row in chosen if row[over] == place]) for place in places]
-            axes.plot(means, style, color=colour, marker=".", label=f"{size[0]}x{size[1]}, {rule}")
+def draw_lines(axes: Any, rows: list[Row], train_size: Size, over: str) -> None:
+    """Mean entropy of each layer or step: the smallest size, the trained one and the largest, with three scales."""
+    by_size: dict[Size, list[Row]] = {}
+    for row in entropy_rows(rows):
+        by_size.setdefault((row["width"], row["height"]), []).append(row)
+    by_pixels = {width * height: (width, height) for width, height in by_size}
+    shown = [by_pixels[pixels] for pixels in plots.shown_sizes(by_pixels, train_size[0] * train_size[1])]
+    colours = {shown[0]: "tab:green", shown[-1]: "tab:purple"}
+    lines = []
+    for size in shown:
+        for rule, style in zip(SHOWN, ("-", "--", ":"), strict=True):
+            means = plots.mean_entropy((row for row in by_size[size] if row["rule"] == rule), over)
+            look = {"color": colours.get(size, "tab:gray"), "linestyle": style, "marker": "."}
+            lines.append(plots.Line(f"{size[0]}x{size[1]}, {rule}", list(means.values()), look))
+    plots.plot_lines(axes, lines)
     axes.set(xlabel=f"{over}, in order", ylabel="mean entropy (nats)", title=f"Entropy of every {over}")
     axes.legend(frameon=False, fontsize=7, ncols=3)
-
-
-def draw_layers(axes: Any, rows: list[Row], train_size: tuple[int, int]) -> None:
-    draw_lines(axes, rows, train_size, "layer")
-
-
-def draw_steps(axes: Any, rows: list[Row], train_size: tuple[int, int]) -> None:
-    draw_lines(axes, rows, train_size, "step")

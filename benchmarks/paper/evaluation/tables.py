@@ -6,6 +6,7 @@ from typing import Any
 
 import harness
 
+from entropy_attn.diffusers import plots
 from evaluation import figures, published, rules
 from evaluation.judges import CLIP_SCORE, FID, Judge
 from evaluation.run import CHOSEN, COST, MULTIDIFFUSION, key_of
@@ -88,12 +89,9 @@ def entropies(rows: list[Row]) -> str:
     for size in dict.fromkeys((row["width"], row["height"]) for row in rows):
         for rule in dict.fromkeys(row["rule"] for row in rows):
             of = [row for row in rows if (row["width"], row["height"], row["rule"]) == (*size, rule)]
-            by_train: dict[int, list[Row]] = {}
-            for row in of:
-                by_train.setdefault(row["train_tokens"], []).append(row)
-            for T, level in sorted(by_train.items(), reverse=True):
-                mean = sum(row["entropy"] for row in level) / len(level)
-                lines.append([text_of(size), rule, str(T), str(level[0]["tokens"]), f"{mean:.3f}"])
+            tokens = {row["train_tokens"]: row["tokens"] for row in of}
+            for T, mean in sorted(plots.mean_entropy(of, "train_tokens").items(), reverse=True):
+                lines.append([text_of(size), rule, str(T), str(tokens[T]), f"{mean:.3f}"])
     return harness.markdown(["width x height", "scale", "T", "N", "mean entropy (nats)"], lines)
 
 
@@ -102,8 +100,8 @@ def fits(rows: list[Row]) -> str:
     lines = [
         [rule, str(T), f"{line.slope:.3f}", f"{line.intercept:.3f}", f"{line.r_squared:.4f}"]
         for rule in dict.fromkeys(row["rule"] for row in rows)
-        for T, (N, entropy) in figures.by_level(rows, rule).items() if len(N) > 1
-        for line in [figures.fit(N, entropy)]
+        for T, level in figures.by_level(rows, rule).items()
+        if (line := plots.fit_line(list(level), list(level.values())))
     ]  # fmt: skip
     return harness.markdown(["scale", "T", "slope", "intercept (nats)", "R²"], lines)
 
