@@ -27,8 +27,8 @@ from entropy_attn import attention
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 COLOURS = {"ours": "tab:blue", "ours with entropy": "tab:red", "textbook entropy": "tab:grey"}
 HELD_SCORES = 1 << 28  # beyond as many the textbook is left out
-# Arithmetic until its parent is gone, so that no end of this script leaves it running.
-BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))"
+# Arithmetic until the process named by its argument is no longer its parent: however this script ends, it ends too.
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(100_000))"
 
 
 def cores() -> int:
@@ -42,7 +42,8 @@ def busy(processes: int) -> Iterator[None]:
     running: list[subprocess.Popen] = []
     try:
         for _ in range(processes):  # in sessions of their own: Ctrl-C is for this script, which ends them
-            running.append(subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True))
+            command = [sys.executable, "-c", BUSY, str(os.getpid())]
+            running.append(subprocess.Popen(command, start_new_session=True))
         yield
         ended = sum(process.poll() is not None for process in running)
         if ended:
