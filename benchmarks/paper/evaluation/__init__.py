@@ -1,1 +1,1 @@
-"""What paper.py is made of: models under test, scales to compare, images kept on disk, and their judges."""
+"""The parts of paper.py: models under test, scales to compare, images on disk, their judges, tables and figures."""

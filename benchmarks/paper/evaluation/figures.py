@@ -18,7 +18,7 @@ from evaluation import rules
 from evaluation.subjects import Size
 
 Row = dict[str, Any]
-SHOWN = (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED)  # in Fig. 5 and 6
+SHOWN = (rules.ORIGINAL, rules.PAPER, rules.CALIBRATED)  # the scales in Fig. 5 and 6
 COLOURS = {
     rules.ORIGINAL: "tab:red", rules.PAPER: "tab:blue", "exponent 1": "tab:cyan", "exponent 2": "tab:green",
     "exponent 4": "tab:olive", rules.CALIBRATED: "tab:purple", rules.MATCHED: "tab:brown",
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def entropy_rows(rows: list[Row]) -> list[Row]:
-    """A row for every layer and step, of the rows of kind "entropy", which hold many."""
+    """A row for every layer and step: a row of kind "entropy" holds many of them."""
     return [
         {"width": row["width"], "height": row["height"], "rule": row["rule"], **place}
         for row in rows
@@ -36,7 +36,7 @@ def entropy_rows(rows: list[Row]) -> list[Row]:
 
 
 def draw(rows: list[Row], path: Path, train_size: Size, names: dict[str, str]) -> None:
-    """All pictures that the rows allow, in one file; `names` are those of the kinds of figures of merit."""
+    """Draw all pictures for which there are rows, into one file; `names` maps the kinds of metrics to their names."""
     drawings = [
         functools.partial(draw_quality, kind=kind, name=name)
         for kind, name in names.items()
@@ -59,7 +59,7 @@ def draw(rows: list[Row], path: Path, train_size: Size, names: dict[str, str]) -
 
 
 def draw_quality(axes: Any, rows: list[Row], train_size: Size, kind: str, name: str) -> None:
-    """A figure of merit relative to that of the original scale, by size."""
+    """A metric as a percentage of its value with the original scale, by size."""
     of = [row for row in rows if row["kind"] == kind and (row["width"], row["height"]) != train_size]
     sizes = sorted({(row["width"], row["height"]) for row in of}, key=lambda size: size[0] * size[1])
     for rule, colour in COLOURS.items():
@@ -76,7 +76,7 @@ def draw_quality(axes: Any, rows: list[Row], train_size: Size, kind: str, name: 
 
 
 def by_level(rows: list[Row], rule: str) -> dict[int, dict[int, float]]:
-    """T -> N -> mean entropy over the sizes, from `entropy_rows`; N ascending."""
+    """From `entropy_rows`: T -> N -> mean entropy of the layers with these T and N; N ascending."""
     levels: dict[int, list[Row]] = {}
     for row in rows:
         if row["rule"] == rule:
@@ -85,6 +85,7 @@ def by_level(rows: list[Row], rule: str) -> dict[int, dict[int, float]]:
 
 
 def slope(line: plots.Fit) -> str:
+    """The caption of a fitted line."""
     return f"slope {line.slope:.3f}, R² {line.r_squared:.4f}"
 
 
@@ -95,6 +96,7 @@ def label_tokens(axes: Any, tokens: Iterable[int]) -> None:
 
 
 def draw_fits(axes: Any, rows: list[Row], train_size: Size) -> None:
+    """Fig. 5: mean entropy against ln N, a line for each T and scale."""
     groups = [
         plots.Points(
             f"{rule}, T = {T}", list(level), list(level.values()),
@@ -110,7 +112,7 @@ def draw_fits(axes: Any, rows: list[Row], train_size: Size) -> None:
 
 
 def draw_lines(axes: Any, rows: list[Row], train_size: Size, over: str) -> None:
-    """Mean entropy of each layer or step: the smallest size, the trained one and the largest, with three scales."""
+    """Fig. 6: mean entropy of each layer, or step, at the smallest size, the trained one and the largest."""
     by_size: dict[Size, list[Row]] = {}
     for row in entropy_rows(rows):
         by_size.setdefault((row["width"], row["height"]), []).append(row)

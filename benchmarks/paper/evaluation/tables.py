@@ -1,4 +1,4 @@
-"""The rows of a run as Markdown."""
+"""The rows of a run as Markdown tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def interval(row: Row | None, digits: int) -> str:
 
 
 def change(row: Row | None, digits: int) -> str:
-    """A paired change with its interval, in bold where the interval leaves 0 out."""
+    """A paired change with its interval, in bold if the interval does not contain 0."""
     if row is None or "change" not in row:
         return ""
     low, high = row["change_interval"]
@@ -36,12 +36,12 @@ def change(row: Row | None, digits: int) -> str:
 
 
 def kinds_of(judge: Judge) -> dict[str, tuple[str, int]]:
-    """The figures of merit: name, and how many digits are told. Rates in per cent to a tenth, CLIP scores to four."""
+    """Kind of metric -> its name and its number of decimals: 1 for distances and percentages, 4 for CLIP scores."""
     return {FID: (judge.distance_name, 1), CLIP_SCORE: (judge.score_name, 1 if "%" in judge.score_name else 4)}
 
 
 def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[Size, str]]) -> str:
-    """Tables 1 and 2: a line for each of the cells (size, rule), with all that was measured of them."""
+    """Tables 1 and 2: a line for each cell (size, rule), with its metrics and their changes."""
     found = {key_of(row): row for row in rows}
     kinds = {kind: told for kind, told in kinds_of(judge).items() if any(row["kind"] == kind for row in rows)}
     header = ["width x height", "scale"]
@@ -65,7 +65,7 @@ def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[S
 
 
 def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
-    """Tables 4 and 5: quality, time and memory of the ways to an image of a size."""
+    """Tables 4 and 5: distance, time and memory of the ways to draw an image of a size."""
     header = ["width x height", "way", judge.distance_name, "seconds an image", "peak memory (MiB)"]
     header += ["the paper's FID, MiB, s (A100)"] if subject.family == "sd" else []
     known = published.COST if kind == COST else published.MULTIDIFFUSION
@@ -84,7 +84,7 @@ def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
 
 
 def entropies(rows: list[Row]) -> str:
-    """Mean entropy of the layers at each number of tokens."""
+    """The mean entropy of the layers of each T, by size and scale."""
     lines = []
     for size in dict.fromkeys((row["width"], row["height"]) for row in rows):
         for rule in dict.fromkeys(row["rule"] for row in rows):
@@ -96,7 +96,7 @@ def entropies(rows: list[Row]) -> str:
 
 
 def fits(rows: list[Row]) -> str:
-    """Fig. 5 as numbers: mean entropy against ln N for each level and scale."""
+    """The fitted lines of Fig. 5: mean entropy against ln N, for each T and scale."""
     lines = [
         [rule, str(T), f"{line.slope:.3f}", f"{line.intercept:.3f}", f"{line.r_squared:.4f}"]
         for rule in dict.fromkeys(row["rule"] for row in rows)

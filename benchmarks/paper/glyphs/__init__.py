@@ -1,1 +1,1 @@
-"""A small class-conditional diffusion pipeline that draws digits, trained here at one size, to be sampled at others."""
+"""The embedded pipeline: a small class-conditional diffusion model of digits, trained here at one size."""
