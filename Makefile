@@ -43,7 +43,7 @@ bench: $(READY)
 
 # The picture of the README, in demo.png.
 demo: $(READY)
-	$(BIN)/python benchmarks/demo.py --out demo.png
+	$(BIN)/python benchmarks/paper/demo.py --out demo.png
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,10 +1,10 @@
-"""What the Diffusers adapter costs: a denoising step with λ, and with the entropy recorded too, against a stock one.
+"""Time of a denoising step with λ, and with λ and the entropy recorded, relative to a step without the adapter.
 
-The models are UNets with the blocks and tokens of Stable Diffusion, random weights and few channels, whose attention
-layers have the head dims of released models: 40 (the first level of SD 1.5), 64 (SD 2.1, SDXL) and 80 (the second level
-of SD 1.5). Few channels make attention a larger part of a step than it is in those models, and the ratios with it; a
-model of one's own is measured by --model. The ways run in turn, round by round; what is reported are medians, and
-ratios to the stock step of the same round.
+The models are UNets with random weights. They have the blocks and the tokens of Stable Diffusion, and the head dims of
+released models: 40 (the first level of SD 1.5), 64 (SD 2.1, SDXL) and 80 (the second level of SD 1.5). They have fewer
+channels than those models, so attention takes a larger part of a step, and the adapter's cost is a larger part too.
+`--model` measures a real model. The ways run one after the other in each round. The report has medians of the times,
+and of the ratios to the stock step of the same round.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tqdm import tqdm
 import entropy_attn
 
 WAYS: dict[str, dict | None] = {"stock": None, "λ": {}, "λ, entropy recorded": {"record_entropy": True}}
-LEVELS = 4  # the last has no attention but the middle block's
+LEVELS = 4  # the last level has attention only in the middle block
 
 
 def unet(head_dim: int, heads: int) -> UNet2DConditionModel:
-    """The blocks and tokens of Stable Diffusion, with the same channels and heads at every level."""
+    """A UNet with the blocks and tokens of Stable Diffusion, and the same channels and heads at every level."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(  # what it calls attention_head_dim is the number of heads
+    return UNet2DConditionModel(  # its attention_head_dim is the number of heads
         sample_size=64, cross_attention_dim=32, norm_num_groups=8, attention_head_dim=heads,
         block_out_channels=(heads * head_dim,) * LEVELS, layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * (LEVELS - 1) + ("DownBlock2D",),
@@ -40,14 +40,14 @@ def unet(head_dim: int, heads: int) -> UNet2DConditionModel:
 
 
 def head_dims(model: UNet2DConditionModel) -> str:
-    """Those of its self-attention layers, as in "40, 80, 160"."""
+    """The head dims of the model's self-attention layers, such as "40, 80, 160"."""
     modules = (module for name, module in model.named_modules() if name.endswith(".attn1"))
     return ", ".join(map(str, sorted({module.inner_dim // module.heads for module in modules})))
 
 
 @torch.no_grad()
 def seconds_a_step(model: UNet2DConditionModel, size: tuple[int, int], steps: int) -> float:
-    """The median step of a short run with classifier-free guidance, without the first."""
+    """The median time of a step in a short run with classifier-free guidance; the first step is not counted."""
     parameter = next(model.parameters())
     options: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
     text = torch.randn(2, 77, model.config.cross_attention_dim, **options)
@@ -80,7 +80,7 @@ def measure(
             with contextlib.nullcontext() if options is None else entropy_attn.enable(model, **options):
                 taken = seconds_a_step(model, size, steps)
             progress.update()
-            if round_ > 0:  # the first is to warm up
+            if round_ > 0:  # the first round warms up
                 times[way].append(1e3 * taken)
     rows = []
     for way, mine in times.items():

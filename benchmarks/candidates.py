@@ -1,4 +1,4 @@
-"""Tiles worth a try around a given one, and the file of tiles that ENTROPY_ATTN_TILES reads."""
+"""Candidate tiles around a given tile, and the file of tiles that the variable ENTROPY_ATTN_TILES names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from entropy_attn.kernels import aot, tiles
 from entropy_attn.kernels.config import pieces
 from entropy_attn.kernels.tiles import Tile
 
-REGISTERS = 255  # a thread can have
+REGISTERS = 255  # the most that a thread can have
 MOST_STAGES = 4
 
 
 def around(tile: Tile) -> list[Tile]:
-    """The grid around a tile, that one first."""
+    """Tiles whose sizes are half, equal or double, and whose stages differ by one at most; the given tile is first."""
     factors = itertools.product((0.5, 1, 2), (0.5, 1, 2), (0.5, 1, 2), (-1, 0, 1))
     grid = [
         dataclasses.replace(
@@ -41,10 +41,10 @@ def label(tile: Tile) -> str:
 
 
 def obstacle(architecture: str, dtype: str, head_dim: int, tile: Tile) -> str | None:
-    """Why a tile cannot do well, as far as that is known without compiling it."""
+    """Why a tile cannot fit in shared memory or registers, by an estimate without compiling; None if it may fit."""
     width = sum(width for _, width in pieces(head_dim))
     limit = aot.SHARED_MEMORY[tiles.table_architecture(architecture)]
-    # Blocks of keys and values on their way; AMD's pipeline holds one in registers, and others may come to.
+    # Blocks of keys and values in the software pipeline. One stage less, since the pipeline may hold one in registers.
     shared = 2 * width * tile.block_n * harness.DTYPES[dtype].itemsize * max(tile.num_stages - 1, 1)
     if shared > limit:
         return f"needs at least {shared >> 10} KiB of shared memory, {limit >> 10} KiB are there"
@@ -55,7 +55,7 @@ def obstacle(architecture: str, dtype: str, head_dim: int, tile: Tile) -> str | 
 
 
 def compile_obstacle(architecture: str, dtype: str, head_dim: int, tile: Tile) -> str | None:
-    """What compiling a tile ahead of time, which takes seconds, tells beyond that."""
+    """Why a tile does not compile or fit, by compiling it ahead of time, which takes seconds; None if it fits."""
     architecture = tiles.table_architecture(architecture)
     try:
         used = aot.resources(aot.compile_kernel(architecture, dtype, head_dim, tile=tile))
@@ -70,15 +70,15 @@ def first_line(error: Exception) -> str:
 
 
 def candidates(architecture: str, dtype: str, head_dim: int) -> dict[Tile, str | None]:
-    """The candidates, the present tile first, each with what rules it out ahead of time."""
+    """The candidates, the present tile first, each with the reason that rules it out, or None."""
     grid = around(tiles.find_tile(architecture, dtype, head_dim))
     return {tile: obstacle(architecture, dtype, head_dim, tile) for tile in grid} | {grid[0]: None}
 
 
 def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) -> None:
-    """Put a tile into the file, for all head dims that are padded like this one.
+    """Put a tile into the file, for all head dims that are padded to the same width.
 
-    Smaller ones without a row of their own would now fall to this one: they get rows with what they run at present.
+    Smaller head dims without an entry would now use this one. They get entries with the tiles that they use at present.
     """
     read(path)
     alike = {d for d in tiles.HEAD_DIMS if pieces(d) == pieces(head_dim)}
@@ -94,6 +94,6 @@ def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) 
 
 
 def read(path: Path) -> None:
-    """Let find_tile look into this file first, if it exists."""
+    """Make find_tile use this file, if it exists, before the table."""
     os.environ["ENTROPY_ATTN_TILES"] = str(path) if path.exists() else ""
     tiles.user_table.cache_clear()

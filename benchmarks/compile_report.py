@@ -1,8 +1,8 @@
-"""What the compiler makes of every tile: registers, spills, occupancy, and the instructions of the main loop.
+"""Registers, spills, occupancy and main-loop instructions of every tile, from the compiled kernel.
 
-Needs no GPU: each kernel is compiled ahead of time and its machine code read. Nothing is timed; the counts say what a
-warp issues in one pass over a block of keys, not how long that takes. Without --head-dims, sm_80 gets all the head dims
-of the report and every other architecture the main ones.
+No GPU is needed: each kernel is compiled ahead of time, and its machine code is read. Nothing is timed. The counts say
+which instructions a warp issues for a block of keys, not how long they take. Without --head-dims, sm_80 is reported at
+more head dims than the other architectures.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(case: Case) -> dict[str, Any]:
     try:
         kernel = aot.compile_config(case.architecture, case.dtype, config)
         loop = sass.main_loop(sass.disassemble(kernel))
-    except Exception as error:  # whatever the compiler raises: the other tiles are still of interest
+    except Exception as error:  # whatever the compiler raises; the other tiles are compiled all the same
         return row | {"status": "failed", "error": f"{type(error).__name__}: {error}".splitlines()[0]}
     used = aot.resources(kernel)
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
@@ -92,7 +92,7 @@ def tile_text(tile: dict[str, Any]) -> str:
 
 
 def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The report as Markdown; empty cells of the loop's groups are zeros."""
+    """The report as Markdown. An empty cell of an instruction group is a zero."""
     groups = [group for group in sass.GROUPS if group not in ("matrix", "spill", "exponential")]
     header = ["architecture", "dtype", "D", "mask", "entropy", "tile", "registers", "stack (bytes)",
               "shared memory (KiB)", "programs (warps) a multiprocessor", "loop: instructions", "matrix",
@@ -123,9 +123,9 @@ def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def draw(machine: dict[str, Any], rows: list[dict[str, Any]], architecture: str, path: Path) -> None:
-    """For each dtype and head dim the main loop's instructions by group, without entropy left, with it right.
+    """Bars of the main loop's instructions by group, for each dtype and head dim: left without entropy, right with it.
 
-    Heights are relative to the loop without entropy; the numbers are instructions a score.
+    Heights are relative to the loop without entropy. The numbers are instructions per score.
     """
     plt = harness.pyplot()
     rows = [r for r in rows if r["architecture"] == architecture and r["mask"] == rows[0]["mask"] and "error" not in r]
@@ -138,7 +138,7 @@ def draw(machine: dict[str, Any], rows: list[dict[str, Any]], architecture: str,
         chosen = [row for row in rows if row["dtype"] == dtype]
         head_dims = sorted({row["head_dim"] for row in chosen})
         for row in chosen:
-            base = next(r for r in chosen if r["head_dim"] == row["head_dim"])  # without entropy, if that was compiled
+            base = next(r for r in chosen if r["head_dim"] == row["head_dim"])  # without entropy, if there is one
             unit = row["scores_per_thread"] * base["loop_instructions"] / base["scores_per_thread"]
             x = head_dims.index(row["head_dim"]) + (0.21 if row["entropy"] else -0.21)
             bottom = 0.0
@@ -185,13 +185,13 @@ def compile_all(chosen: list[Case], jobs: int, out: Path) -> tuple[dict[str, Any
 
 
 def ignore_interrupts() -> None:
-    """Ctrl-C is for the process that collects the rows; those that compile end with it."""
+    """Ignore Ctrl-C in a process that compiles: the process that collects the rows handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    # Architectures without a row of their own run another's tiles.
+    # An architecture that the table does not have uses the tiles of another.
     parser.add_argument("--architectures", nargs="+", choices=aot.ARCHITECTURES, default=list(tiles.TABLE))
     parser.add_argument("--dtypes", nargs="+", choices=tiles.DTYPES, default=["float16", "float32"])
     parser.add_argument("--head-dims", nargs="+", type=int, choices=tiles.HEAD_DIMS, metavar="D")

@@ -1,7 +1,8 @@
-"""The CPU backend against PyTorch's SDPA: plain, with entropy, and the textbook way to entropy that holds every score.
+"""Time of the CPU backend, without and with entropy, and of a softmax held in memory, relative to PyTorch's SDPA.
 
-The ways of one case run in turn, round by round (see harness.py); what is reported are medians, and ratios to SDPA of
-the same rounds. With --busy other processes keep every core busy meanwhile, SDPA's rounds included.
+The ways run one after the other in each round (see harness.py). The report has the median time of SDPA, and the median
+of each way's ratios to SDPA in the same round. With --busy, other processes use every core all the while, so SDPA's
+times are under load too.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ from entropy_attn import attention
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 COLOURS = {"ours": "tab:blue", "ours with entropy": "tab:red", "textbook entropy": "tab:grey"}
-HELD_SCORES = 1 << 28  # beyond as many the textbook is left out
-# Arithmetic until its parent is gone, so that no end of this script leaves it running.
-BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))"
+HELD_SCORES = 1 << 28  # the softmax held in memory is left out where it has more scores
+# Computes while its parent is the process that its argument names. So it ends with this script, even by SIGKILL.
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(100_000))"
 
 
 def cores() -> int:
-    """How many this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many other processes compute meanwhile."""
+    """Keep this many other processes computing until the block ends."""
     running: list[subprocess.Popen] = []
     try:
-        for _ in range(processes):  # in sessions of their own: Ctrl-C is for this script, which ends them
-            running.append(subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True))
+        for _ in range(processes):  # in sessions of their own, which Ctrl-C does not reach
+            command = [sys.executable, "-c", BUSY, str(os.getpid())]
+            running.append(subprocess.Popen(command, start_new_session=True))
         yield
         ended = sum(process.poll() is not None for process in running)
         if ended:
@@ -54,6 +56,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def measure(dtype: str, N: int, heads: int, head_dim: int, rounds: int) -> dict[str, Any]:
+    """A row: milliseconds of SDPA, and the other ways' ratios to it."""
     generator = torch.Generator().manual_seed(0)
     drawn = (torch.randn(1, heads, N, head_dim, generator=generator) for _ in range(3))
     query, key, value = (x.to(harness.DTYPES[dtype]) for x in drawn)
@@ -80,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """Bars of time as a multiple of SDPA's, a panel for each dtype."""
+    """Bars of the ratios to SDPA's time, a panel for each dtype."""
     plt = harness.pyplot()
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     most = max(sum(row["dtype"] == dtype for row in rows) for dtype in dtypes)
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[40, 64, 128])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--busy", action="store_true", help="while as many processes as cores keep them busy")
+    parser.add_argument("--busy", action="store_true", help="measure while one other process for each core computes")
     parser.add_argument("--out", type=Path, default=Path("build/cpu.json"), help="default: %(default)s")
     arguments = parser.parse_args()
     cases = [(dtype, D, N) for dtype in arguments.dtypes for D in arguments.head_dims for N in arguments.tokens]

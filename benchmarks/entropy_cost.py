@@ -1,14 +1,13 @@
-"""What the entropy of every row costs: in the same pass as attention, and in the ways it is had without that.
+"""Time, memory and error of the entropy of every row: in the same pass as attention, and in two other ways.
 
-- SDPA: attention alone, the floor.
+- SDPA: attention without entropy, the lower limit.
 - same pass: `attention(..., return_entropy=True)`.
-- two passes: PyTorch's fused kernel for the output and the log-sum-exp, then the scores once more, a block of queries
-  at a time, for lse - sum(p s).
-- softmax held: the textbook. Scores, softmax and its entropy in memory, products in the dtype of the inputs and the
-  softmax in float32.
+- two passes: PyTorch's fused kernel gives the output and the log-sum-exp; then the scores are computed again, one block
+  of queries at a time, for the entropy lse - sum(p s).
+- softmax held: scores and softmax are held in memory; matrix products in the dtype of the inputs, softmax in float32.
 
-Time is that of interleaved rounds, memory what PyTorch's allocator holds beyond the inputs (see harness.py), the error
-of the entropy that against float64 on some query rows. On a CPU that others use too, set OMP_WAIT_POLICY=passive.
+Times are from interleaved rounds, and memory is the peak beyond the inputs (see harness.py). The error is the largest
+difference of the entropy from float64 on some query rows. On a CPU with other users, set OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations
@@ -56,18 +55,18 @@ def two_passes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> R
 
 
 def attention_and_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Result:
-    """PyTorch's own fused kernels, which SDPA does not return the log-sum-exp of."""
+    """Output and log-sum-exp of the fused kernels that SDPA calls; SDPA itself returns only the output."""
     if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
     if query.dtype == torch.float32:
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[:2]
     else:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[:2]
-    return out, lse[:, :, : query.shape[2]]  # some kernels pad it
+    return out, lse[:, :, : query.shape[2]]  # some kernels pad the log-sum-exp
 
 
 def measure(N: int, dtype: str, shape: tuple[int, int, int], rounds: int, device: str) -> list[dict[str, Any]]:
-    """A row for each way; one that runs out of memory has the reason in the place of its figures."""
+    """A row for each way. The row of a way that runs out of memory has a reason instead of times."""
     B, H, D = shape
     generator = torch.Generator().manual_seed(0)
     drawn = (torch.randn(B, H, N, D, generator=generator) for _ in range(3))
@@ -90,7 +89,7 @@ def measure(N: int, dtype: str, shape: tuple[int, int, int], rounds: int, device
                 error = way()[1][:, :, checked].sub(reference).abs().max()
                 rows[name]["entropy_error"] = float(error)
             rows[name]["peak_mib"] = harness.peak_memory(way, device)
-        except RuntimeError as error:  # out of memory, which on a CPU has no class of its own
+        except RuntimeError as error:  # out of memory: on a CPU it has no class of its own
             rows[name]["reason"] = str(error).splitlines()[0]
             del ways[name]
     times = harness.interleaved(ways, rounds, device)
@@ -102,7 +101,7 @@ def measure(N: int, dtype: str, shape: tuple[int, int, int], rounds: int, device
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds (and multiples of SDPA's), MiB, and errors in nats, for each number of tokens."""
+    """For each number of tokens and way: milliseconds, ratio to SDPA's time, MiB, and error in nats."""
 
     def cell(row: dict[str, Any]) -> str:
         if "ms" not in row:
@@ -122,7 +121,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """Time and memory over the number of tokens, a line of panels for each dtype."""
+    """Time and memory over the number of tokens, a row of panels for each dtype."""
     plt = harness.pyplot()
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure, grid = plt.subplots(
@@ -149,7 +148,7 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
 
 
 def report(path: Path) -> None:
-    """Table and picture of a saved run, next to it."""
+    """Write the table and the picture of a saved run to files beside it."""
     machine, rows = harness.load(path)
     draw(rows, machine, path.with_suffix(".png"))
     markdown = harness.write_tables(path, machine, tables(rows))

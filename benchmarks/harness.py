@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the machine, interleaved timing, peak memory, rows that outlive an interruption."""
+"""What the benchmark scripts share: description of the machine, interleaved timing, peak memory, files of results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def need_gpu(script_name: str, otherwise: str = "") -> None:
 
 
 def machine(device: str | None = None) -> dict[str, Any]:
-    """Where and with what a benchmark runs: on the first GPU if there is one, unless `device` is "cpu"."""
+    """The hardware and the versions of a run. The device is the first GPU if there is one and `device` is not "cpu"."""
     result: dict[str, Any] = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     if torch.cuda.is_available() and device != "cpu":
         properties = torch.cuda.get_device_properties(0)
@@ -54,7 +54,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
     result["cpu"] = _cpu_model()
     result.setdefault("device", result["cpu"])
     result["threads"] = torch.get_num_threads()
-    result["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")  # spinning threads suffer on a shared machine
+    result["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")  # it matters on a shared machine
     result["python"] = platform.python_version()
     result["torch"] = torch.__version__
     result["cuda"] = torch.version.cuda or torch.version.hip
@@ -72,7 +72,7 @@ def version(distribution: str) -> str | None:
 
 
 def clocks() -> dict[str, float]:
-    """SM clock now and at most (MHz) and the power limit (W) of the first GPU; empty where nvidia-smi does not tell."""
+    """SM clock, maximum SM clock (MHz) and power limit (W) of the first GPU; empty where nvidia-smi does not tell."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return {}
     fields = {"sm_clock_mhz": "clocks.sm", "sm_clock_max_mhz": "clocks.max.sm", "power_limit_w": "power.limit"}
@@ -109,9 +109,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of each way in each round, after one round to warm up.
 
-    The ways run in turn within a round: what slows the machine for a while slows all of them, and ratios of one round
-    mean something. A round's time is the median of its repetitions: 10 on a GPU, timed by its events with the caches
-    flushed before each; 1 on a CPU, timed by the clock.
+    Within a round the ways run one after the other. A disturbance of the machine then slows all of them, and the ratios
+    of one round stay comparable. The time of a way in a round is the median of its repetitions. On a GPU there are 10,
+    timed by CUDA events, and the L2 cache is flushed before each. On a CPU there is 1, timed by `time.perf_counter`.
     """
     on_gpu = torch.device(device).type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -160,10 +160,10 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def peak_memory(way: Callable[[], Any], device: str = "cpu") -> float:
-    """MiB that PyTorch's allocator holds at the most while `way` runs, beyond what it held before.
+    """Peak of PyTorch's allocated memory while `way` runs, in MiB, minus what was allocated before.
 
-    The result of `way` counts; its inputs do not. On a GPU the allocator keeps count; on a CPU PyTorch's profiler lists
-    every allocation and release, and this adds them up.
+    The result of `way` counts; its inputs do not. On a GPU the figure is the allocator's own. On a CPU it is the peak
+    of the running sum of the allocations and releases that PyTorch's profiler lists.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -172,7 +172,7 @@ def peak_memory(way: Callable[[], Any], device: str = "cpu") -> float:
         way()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces each start and stop otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no message at each start and stop of the profiler
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -187,7 +187,7 @@ def peak_memory(way: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or an interruption, sees the old one or the new one."""
+    """Write a file atomically: after an interruption the old file or the new one is there, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
@@ -197,7 +197,7 @@ def write_whole(path: Path, text: str) -> None:
 class Record:
     """The rows of a run, in a JSON file {"machine": ..., "rows": [...]} that is rewritten after every row.
 
-    As a context manager it ends a run interrupted by Ctrl-C with a sentence that says what was kept.
+    As a context manager it turns Ctrl-C into exit code 130 and a message that says how many rows are in the file.
     """
 
     def __init__(self, path: Path, device: str | None = None, **about: Any) -> None:
@@ -228,14 +228,14 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options of a script that keeps its runs, and can draw a kept one again."""
+    """Add the options of a script that saves its runs and can draw a saved run again."""
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(f"build/{name}.json"), help="default: %(default)s")
     parser.add_argument("--picture-from", type=Path, metavar="JSON", help="draw a saved run again and measure nothing")
 
 
 def write_tables(path: Path, machine: dict[str, Any], tables: str) -> Path:
-    """Print the tables of the run kept at `path` under a line on the machine, and write them beside it."""
+    """Print the tables of the run saved at `path` under a line on the machine, and write them to a .md file there."""
     text = f"{describe(machine)}\n\n{tables}\n"
     written = path.with_suffix(".md")
     written.write_text(text)
@@ -249,7 +249,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files."""
+    """matplotlib.pyplot with the backend that draws to files."""
     try:
         import matplotlib
     except ImportError:
@@ -260,13 +260,19 @@ def pyplot() -> Any:
     return plt
 
 
-def token_axis(axes: Any, tokens: Iterable[int]) -> None:
-    """A logarithmic x axis with a tick for each number of tokens, less those whose labels would overlap."""
+def token_ticks(tokens: Iterable[int]) -> list[int]:
+    """The numbers of tokens to label on a logarithmic axis: all of them, less those whose labels would overlap."""
     ticks: list[int] = []
     tokens = sorted(set(tokens))
     for N in tokens:
         if not ticks or N / ticks[-1] >= max(1.1, (tokens[-1] / tokens[0]) ** 0.09):
             ticks.append(N)
+    return ticks
+
+
+def token_axis(axes: Any, tokens: Iterable[int]) -> None:
+    """A logarithmic x axis whose ticks are numbers of tokens."""
+    ticks = token_ticks(tokens)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(N) for N in ticks])
     axes.minorticks_off()

@@ -1,12 +1,12 @@
-"""What a call of attention() costs the host: the time until the kernel is launched, and on the CPU over PyTorch's SDPA.
+"""Host time of a call of attention(): up to the launch of the kernel, and on the CPU in addition to SDPA's time.
 
-Triton's own launcher is put out of action, so that everything before it is measured, on any machine: the checks, the
-scale, the operator, the choice of the tile and the launcher's arguments. One thread, tensors so small that the
-arithmetic takes no time; the calls run in turn, and the quickest of the rounds counts, as anything else is disturbance.
+Triton's own launcher is replaced by a function that does nothing. So everything before it is measured, on any machine:
+the checks, the scale, the operator, the choice of the tile and the arguments of the launch. There is one thread, and
+the tensors are so small that the arithmetic takes no time. The calls run one after the other in each round. The
+quickest round counts, since disturbances only add time.
 
-"part" rows are steps of the call "launch" by themselves; from "operator" on, each is inside the one before it. Where
-there is a GPU, "GPU" rows are whole calls on it, with Triton's launcher and SDPA's kernels behind them: still the time
-on the host only.
+"part" rows time steps of the call "launch" alone; from "operator" on, each is inside the one before it. Where there is
+a GPU, "GPU" rows are whole calls on it, with Triton's launcher or SDPA's kernels: they too are host time only.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from unittest import mock
 import torch
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # lets the launch be prepared for tensors on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # so that Triton prepares the launch for tensors on the CPU
 
 import harness
 import torch.nn.functional as F
 
 from entropy_attn import attention, checks
 
-LIMITS = {"launch": 25.0, "cpu": 15.0}  # microseconds, see `ways`
+LIMITS = {"launch": 25.0, "cpu": 15.0}  # microseconds: to the launch, and on the CPU in addition to SDPA
 
 
 class NoLauncher:
-    """Stands in for a Triton kernel: takes the launch and does nothing."""
+    """Replaces a Triton kernel: a launch of it does nothing."""
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
@@ -44,7 +44,7 @@ def inputs(device: str = "cpu") -> list[torch.Tensor]:
 
 
 def launches(device: str, name: str, **options: Any) -> dict[str, Callable]:
-    """Calls of every kind that launch the kernel."""
+    """Calls of every kind that launch the kernel, by `name` and what they ask for."""
     query, key, value = inputs(device)
     mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=device)
     scale = torch.full((1, 2), 0.25, device=device)
@@ -124,7 +124,7 @@ def row_of(name: str, times: dict[str, list[float]]) -> dict:
 
 
 def verdict(rows: list[dict]) -> str:
-    """The two figures with limits, in a sentence."""
+    """A sentence with the two figures that have limits."""
     quickest = {row["call"]: row["quickest_us"] for row in rows}
     slowest = max((name for name in quickest if name.startswith("launch")), key=quickest.__getitem__)
     over = quickest["cpu"] - quickest["sdpa"]

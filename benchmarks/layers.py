@@ -1,4 +1,4 @@
-"""The attention layers of image models: their shapes at any size of image, and inputs of those shapes."""
+"""The attention layers of image models: their shapes for an image of any size, and random inputs of those shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-# Per level: what it divides the latent image by, heads, head dim. LDM is text2im-large-256.
+# For each level: downsampling factor from the latent image, heads, head dim. LDM is text2im-large-256.
 UNETS = {
     "SD1.5": ((1, 8, 40), (2, 8, 80), (4, 8, 160), (8, 8, 160)),
     "SD2.1": ((1, 5, 64), (2, 10, 64), (4, 20, 64), (8, 20, 64)),
@@ -16,7 +16,7 @@ UNETS = {
     "LDM": ((1, 8, 40), (2, 8, 80), (4, 8, 160), (8, 8, 160)),
 }
 TEXT_TOKENS = 77
-TRANSFORMERS = {"SD3": (2, 24, 64, 333), "Flux": (1, 24, 128, 512)}  # B, heads, head dim, text tokens; 16 x 16 pixels
+TRANSFORMERS = {"SD3": (2, 24, 64, 333), "Flux": (1, 24, 128, 512)}  # B, heads, head dim, text tokens
 MODELS = [*UNETS, *TRANSFORMERS, "square"]
 VARIANTS = ["plain", "padding", "mask", "bias", "scale", "causal"]
 
@@ -40,7 +40,11 @@ class Inputs(NamedTuple):
 
 
 def shapes(models: list[str], sizes: list[tuple[int, int]], lengths: list[int]) -> dict[Shape, list[str]]:
-    """Every shape once, with the layers that have it. "square" is N tokens by N, 16384 in the batch or the longest."""
+    """Every shape once, with the layers that have it; `sizes` are (width, height) in pixels.
+
+    The transformers make a token of 16 x 16 pixels. "square" is N queries by N keys for each N of `lengths`, with as
+    many samples as make B N = max(lengths).
+    """
     found: dict[Shape, list[str]] = {}
     for model in models:
         for width, height in sizes if model != "square" else ():
@@ -59,7 +63,7 @@ def shapes(models: list[str], sizes: list[tuple[int, int]], lengths: list[int]) 
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, variant: str, device: str) -> Inputs:
-    """Seeded noise. Masks hide a quarter: of the first sample's keys (padding), or of all pairs (mask)."""
+    """Seeded noise. "padding" hides a quarter of the first sample's keys; "mask" hides a quarter of all pairs."""
     _, B, H, Nq, Nk, D = shape
     generator = torch.Generator(device).manual_seed(0)
     noise = functools.partial(torch.randn, generator=generator, device=device, dtype=dtype)
@@ -70,7 +74,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, variant: str, device: str) -> 
         return inputs._replace(attn_mask=seen)
     if variant == "mask":
         seen = torch.rand(1, 1, Nq, Nk, generator=generator, device=device) < 0.75
-        seen[..., 0] = True  # no empty rows: the others disagree on what they give
+        seen[..., 0] = True  # no fully masked row: libraries differ in what it gives
         return inputs._replace(attn_mask=seen)
     if variant == "bias":
         return inputs._replace(attn_mask=noise(1, H, Nq, Nk))

@@ -1,4 +1,4 @@
-"""How many programs fit on one multiprocessor at a time, by the published limits of each architecture."""
+"""Occupancy: how many programs fit on one multiprocessor at a time, by the published limits of each architecture."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from entropy_attn.kernels.aot import SHARED_MEMORY
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the programs on one multiprocessor share. Registers are those of one thread slot of one partition."""
+    """The limits of one multiprocessor. `registers` are those that the warps of one partition have for a lane."""
 
     warps: int
     programs: int
     shared: int
-    reserved: int = 1 << 10  # of shared memory, for each program
+    reserved: int = 1 << 10  # bytes of shared memory that the system takes for each program
     registers: int = 512
-    granularity: int = 8  # 256 registers for a warp of 32
+    granularity: int = 8  # registers of a thread are allocated in multiples of this
     partitions: int = 4
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (64 K registers, 4 partitions of
-# 32 lanes). AMD: CDNA 3 and RDNA 3 instruction set guides; of gfx1100, the two compute units that work as one.
+# 32 lanes). AMD: CDNA 3 and RDNA 3 instruction set guides; for gfx1100 a work-group processor of two compute units.
 MULTIPROCESSORS = {
     "sm_75": Multiprocessor(32, 16, 64 << 10, reserved=0),
     "sm_80": Multiprocessor(64, 32, 164 << 10),
@@ -33,7 +33,7 @@ MULTIPROCESSORS = {
     "gfx942": Multiprocessor(32, 16, 64 << 10, reserved=0),
     "gfx1100": Multiprocessor(64, 32, 128 << 10, reserved=0, registers=1536, granularity=24),
 }
-TENSOR_COLUMNS = 512  # of tensor memory, on each multiprocessor that has one
+TENSOR_COLUMNS = 512  # columns of tensor memory on a multiprocessor that has it
 
 
 def occupancy(architecture: str, registers: int, num_warps: int, shared: int, tensor_columns: int = 0) -> int:

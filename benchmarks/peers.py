@@ -1,7 +1,7 @@
-"""Ours and everything else that computes attention, each as a function from inputs to what is then timed.
+"""Our attention and that of other libraries. Each is a function that takes inputs and returns the call to be timed.
 
-Whatever a library needs before its first run (a block mask, a compiled function) is made outside of what is timed. What
-it needs in every run is not: multiplying the query by a scale per head, for those who take only a number.
+What a library prepares once (a block mask, a compiled function) is made before the timed call. What it needs in every
+call is timed: for example, a library whose scale is a single number has its query multiplied by the scale of each head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def ours(inputs: Inputs, return_entropy: bool = False) -> Callable[[], Any]:
 
 
 def scaled(inputs: Inputs) -> tuple[torch.Tensor, float | None]:
-    """Query and scale for those who take only a number."""
+    """Query and scale for a library whose scale is a single number: a scale per head is multiplied into the query."""
     if inputs.scale is None:
         return inputs.query, None
     return inputs.query * inputs.scale[..., None, None].to(inputs.query.dtype), 1.0
@@ -45,7 +45,7 @@ def sdpa(inputs: Inputs, backend: SDPBackend | None = None) -> Callable[[], torc
 def flex(inputs: Inputs) -> Callable[[], torch.Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # past the limit of recompilations it would run uncompiled
+    torch._dynamo.reset()  # after 8 recompilations it would run uncompiled
     query, key, value, mask, is_causal, scale = inputs
     B, H, Nq, Nk = (*query.shape[:3], key.shape[2])
     if mask is not None:
@@ -97,7 +97,7 @@ def xformers(inputs: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def textbook(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and entropy from a softmax held in memory: no peer, but what people who want the entropy do."""
+    """Attention and entropy from a softmax held in memory: how the entropy is usually computed."""
     log_p = (query @ key.mT * query.shape[-1] ** -0.5).log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
     return p.to(value.dtype) @ value, -(p * log_p).sum(-1)
@@ -117,4 +117,4 @@ PEERS: dict[str, Callable[[Inputs], Callable]] = {
     "flash-attn": flash_attn,
     "xformers": xformers,
 }
-DISTRIBUTIONS = {"flash-attn": "flash-attn", "xformers": "xformers"}  # of the peers that PyTorch does not bring
+DISTRIBUTIONS = {"flash-attn": "flash-attn", "xformers": "xformers"}  # packages of the peers outside PyTorch

@@ -1,7 +1,7 @@
-"""Machine code as text (NVIDIA's SASS, AMD's amdgcn): its main loop, and what the loop's instructions do.
+"""Disassembly of a kernel (NVIDIA's SASS, AMD's amdgcn): its main loop, and the kinds of instructions in it.
 
-Counts are of instructions as they stand in the loop, which is what a warp issues in one pass; a packed or dual
-instruction counts once, and one under a predicate counts whether or not it runs.
+The counts are static: each instruction of the loop counts once, as a warp issues it once in a pass. A packed or dual
+instruction counts once. A predicated instruction counts whether or not its predicate holds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from triton.compiler import CompiledKernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# What an instruction is for, by the start of its name; the first pattern that fits decides.
+# The group of an instruction, by the start of its name. The first pattern that matches decides.
 GROUPS = {
     "matrix": r"[HIBDQO]G?MMA|UTC[A-Z]*MMA|v_s?mfma|v_smfmac|v_s?wmm",
     "exponential": r"MUFU\.EX2|v_exp_",
     "shuffle": r"SHFL|REDUX|ds_b?permute|ds_swizzle|v_permlane|v_\w+_dpp",
     "spill": r"LDL|STL|scratch_",
-    "shared memory": r"LDS|STS|ATOMS|LDTM|STTM|UTCCP|ds_",  # and tensor memory
+    "shared memory": r"LDS|STS|ATOMS|LDTM|STTM|UTCCP|ds_",  # the last three are tensor memory
     "barrier": r"BAR|DEPBAR|LDGDEPBAR|SYNCS|MEMBAR|FENCE|WARP|ARRIVE|UTCBAR|BSSY|BSYNC|BMOV|B2R|ERRBAR|CCTL|"
     r"s_barrier|s_wait|buffer_(gl|inv|wb)",
     "global memory": r"LDG|STG|UTMA|UBLKCP|ATOM|RED|(LD|ST)\b|global_|buffer_|flat_|s_load",
@@ -46,7 +46,7 @@ _AMD = re.compile(r"\s+(?P<text>(?:s|v|ds|global|buffer|flat|scratch)_\w[^;\n]*)
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, where it may jump to, and whether the one below may follow it."""
+    """One instruction, the label it may jump to, and whether execution may continue with the next instruction."""
 
     text: str
     target: str | None = None
@@ -62,7 +62,7 @@ class Instruction:
 
 
 def disassemble(kernel: CompiledKernel) -> str:
-    """The machine code of a compiled kernel, with labels."""
+    """The machine code of a compiled kernel as text, with labels."""
     if "cubin" not in kernel.asm:
         return kernel.asm["amdgcn"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -73,7 +73,7 @@ def disassemble(kernel: CompiledKernel) -> str:
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of a listing, and which of them each label names."""
+    """The instructions of a listing, and for each label the index of the instruction that follows it."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -89,7 +89,7 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 def _nvidia(text: str, predicate: str | None) -> Instruction:
     name, _, operands = text.partition(" ")
     name = name.split(".")[0]
-    if name == "BRA":  # its predicate may also be its first operand
+    if name == "BRA":  # the predicate may also be the first operand
         target = re.search(r"`\(([^)]+)\)", operands)
         always = predicate is None and operands.strip().startswith("`")
         return Instruction(text, target[1] if target else None, not always)
@@ -104,11 +104,12 @@ def _amd(text: str) -> Instruction:
 
 
 def find_loops(instructions: list[Instruction], labels: dict[str, int]) -> list[frozenset[int]]:
-    """The instructions of every loop, by index.
+    """The natural loops of the control-flow graph, each as the indices of its instructions.
 
-    A loop is what can come back to its head: a jump to an instruction on the current path closes it, and its body is
-    whatever reaches that jump without the head. So forward jumps inside a body and parts of it that lie elsewhere
-    (ptxas puts waiting there) do no harm. Loops entered at two places are not told apart; ptxas and LLVM make none.
+    A depth-first search finds the back edges: jumps to an instruction on the current path, which is the loop's head.
+    The body is every instruction that reaches the back edge without passing the head. So a body may have forward jumps,
+    and parts elsewhere in the listing (ptxas moves waits there). A loop with two entries would not be recognised; ptxas
+    and LLVM make none.
     """
     followers: list[list[int]] = []
     for index, instruction in enumerate(instructions):
@@ -149,8 +150,8 @@ def find_loops(instructions: list[Instruction], labels: dict[str, int]) -> list[
 def main_loop(listing: str) -> list[Instruction]:
     """The innermost loop with the most matrix instructions, or multiply-adds where there are none.
 
-    The kernel's second loop, over the last keys, may have as many: then the one with more asynchronous copies, then the
-    first in the listing.
+    The kernel's second loop, over the last keys, may have as many. Then the loop with more asynchronous copies is
+    taken, and after that the first in the listing.
     """
     instructions, labels = parse(listing)
     loops = find_loops(instructions, labels)
@@ -169,6 +170,6 @@ def _copies(instructions: list[Instruction], loop: frozenset[int]) -> int:
 
 
 def mix(loop: list[Instruction]) -> dict[str, int]:
-    """How many instructions of each group."""
+    """The number of instructions in each group."""
     counts = Counter(instruction.group for instruction in loop)
     return {group: counts[group] for group in GROUPS}

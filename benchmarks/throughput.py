@@ -1,13 +1,14 @@
-"""Speed of the kernel on the attention layers of image models, against everything else that can do the same job.
+"""Throughput of the kernel and of other attention libraries on the attention layers of image models.
 
-A case is a shape that some layers of some models have (see layers.py), and a variant: plain, masked, causal, or with a
-scale per head. Ours runs it without and with entropy; the others (see peers.py) without, since none of them gives it.
-Tensors lie in memory as (B, N, H, D), as Diffusers hands them over.
+A case is the shape of an attention layer (see layers.py) and a variant: plain, masked, causal, or with a scale per
+head. Our kernel runs each case without and with entropy. The other libraries (see peers.py) run it without, since none
+of them returns the entropy. Tensors lie in memory as (B, N, H, D), as Diffusers passes them.
 
-Every way is first checked against float64 on some query rows; what is wrong is reported and not timed, and what refuses
-the case is reported with its reason. Then all run in turn, round by round (see harness.py). TFLOP/s count 4 B H Nq Nk D
-operations, half for causal, nothing off for other masks; ratios are of time to SDPA's own choice in the same round.
-Where a GPU needs but microseconds, the launch from the host is part of the time.
+Every way is first checked against float64 on some query rows. A wrong result is reported and not timed. A library that
+refuses a case is reported with its reason. Then the ways run one after the other in each round (see harness.py).
+TFLOP/s count 4 B H Nq Nk D operations, half of that for causal, and all of it for other masks. Ratios are to the time
+of SDPA, with the backend that it chooses, in the same round. Where the kernel takes microseconds only, the time
+includes the launch from the host.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from entropy_attn import AttentionOutput, attention
 
-TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-5}  # norm of the error to that of the output
+TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-5}  # norm of the error / norm of the output
 ENTROPY_TOLERANCE = 1e-3  # nats
 CHECKED_ROWS = 16
 SIZES = {
@@ -64,7 +65,7 @@ def expected(inputs: Inputs, rows: torch.Tensor) -> AttentionOutput:
 
 
 def check(way: Callable[[], Any], reference: AttentionOutput, rows: torch.Tensor, dtype: str) -> dict[str, Any]:
-    """Whether the result of `way` is right: a status "ok" or "wrong", and the errors it was judged by."""
+    """The status of a way, "ok" or "wrong", and the errors that decide it."""
     result = way()
     out, entropy = (result.out, result.entropy) if isinstance(result, AttentionOutput) else (result, None)
     verdict = {"error": float((out[:, :, rows].double() - reference.out).norm() / reference.out.norm())}
@@ -76,9 +77,9 @@ def check(way: Callable[[], Any], reference: AttentionOutput, rows: torch.Tensor
 
 
 def reason(error: Exception, said: list[warnings.WarningMessage]) -> str:
-    """Why a way refused: SDPA says so in warnings, the others in the error."""
+    """Why a way refused the case. SDPA gives its reasons as warnings, the others in the exception."""
     texts = [str(w.message).split(" (Triggered")[0].strip() for w in said if issubclass(w.category, UserWarning)]
-    # A forced backend also says that each of the others was switched off.
+    # SDPA with one backend also warns that each of the others is disabled.
     texts = [t for t in texts if not re.search(r"not used because:$|runtime disabled", t)]
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return " ".join(dict.fromkeys(texts)) or f"{type(error).__name__}: {first_line}"
@@ -103,7 +104,7 @@ def measure(shape: Shape, dtype: str, variant: str, peers: list[str], rounds: in
                 if rows[name]["status"] == "ok":
                     rows[name]["peak_mib"] = harness.peak_memory(way, device)
                     ways[name] = way
-            except Exception as error:  # whatever a library raises, out of memory included, is its answer
+            except Exception as error:  # whatever a library raises, out of memory included
                 rows[name] |= {"status": "refused", "reason": reason(error, said)}
     times = harness.interleaved(ways, rounds, device)
     clock = harness.clocks().get("sm_clock_mhz")
@@ -117,7 +118,7 @@ def measure(shape: Shape, dtype: str, variant: str, peers: list[str], rounds: in
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """For each dtype and variant TFLOP/s by shape and way, with time as a multiple of SDPA's; then who refused what."""
+    """TFLOP/s by shape and way, and ratio to SDPA's time, for each dtype and variant; then the refused cases."""
     parts = []
     for dtype, variant in dict.fromkeys((row["dtype"], row["variant"]) for row in rows):
         chosen = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)]
@@ -144,7 +145,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> list[Path]:
-    """For each dtype and variant a picture: TFLOP/s over the number of tokens, a panel for each kind of layer."""
+    """A picture for each dtype and variant: TFLOP/s over the number of tokens, a panel for each kind of layer."""
     plt = harness.pyplot()
     pictures = []
     for dtype, variant in dict.fromkeys((row["dtype"], row["variant"]) for row in rows):
@@ -188,7 +189,7 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def report(path: Path) -> None:
-    """Table and pictures of a saved run, next to it."""
+    """Write the table and the pictures of a saved run to files beside it."""
     machine, rows = harness.load(path)
     pictures = draw(rows, machine, path)
     written = [path, harness.write_tables(path, machine, tables(rows)), *pictures]

@@ -1,14 +1,14 @@
-"""Times tiles around the present ones on your GPU, and writes the best to the file that ENTROPY_ATTN_TILES reads.
+"""Times candidate tiles on your GPU, and writes the best to the file that the variable ENTROPY_ATTN_TILES names.
 
-For each head dim the candidates halve and double block_m, block_n and num_warps of the present tile (the table's, or
-that of the file, if there is one already) and move num_stages by one. Those that cannot fit are left out; those that do
-not compile, or compute something else than float64 does, are dropped. The others are timed in turn, round by round, at
-each number of tokens, with and without entropy. A candidate counts by the median over these of its time against the
-present tile's in the same rounds; the present tile stays unless the best is more than 2 % faster. The file is rewritten
-after every head dim, the log after every candidate.
+The present tile of a head dim is the file's, if there is one already, or the table's. The candidates have half, equal
+or double its block_m, block_n and num_warps, and up to one stage more or less. Candidates that cannot fit are left out.
+Candidates that do not compile, or whose result differs from float64, are dropped. The others are timed one after the
+other in each round, at each number of tokens, with and without entropy. A candidate's score is the median of its ratios
+to the present tile's time in the same rounds. The present tile stays unless the best is more than 2 % faster. The file
+is rewritten after every head dim, the log after every candidate.
 
-An entry serves all head dims that the kernel pads to the same width. The file also spells out what smaller head dims
-run at present, since they would otherwise fall to the next larger entry.
+An entry serves all head dims that the kernel pads to the same width. The file also gets entries for smaller head dims,
+with the tiles that they use at present: otherwise they would use the next larger entry.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from entropy_attn.kernels import tiles
 from entropy_attn.kernels.tiles import Tile
 
 Timer = Callable[[dict[str, Callable[[], Any]], int, str], dict[str, list[float]]]
-ENOUGH = 0.98  # of the time of the present tile
+ENOUGH = 0.98  # a new tile must take less than this share of the present tile's time
 HEAD_DIMS = [40, 64, 80, 128, 160]
-CHECKED_TOKENS = 333  # whole blocks and an edge
+CHECKED_TOKENS = 333  # not a multiple of a block: whole blocks and an edge block
 
 
 def run(tile: Tile, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, entropy: bool) -> Any:
@@ -53,13 +53,13 @@ def random_inputs(dtype: str, batch: int, heads: int, tokens: int, head_dim: int
 
 
 def wrong(tile: Tile, dtype: str, head_dim: int, device: str) -> str | None:
-    """What launching the tile raises, or how far its answer is from float64's where that is too far."""
+    """What is wrong with a tile: the exception of its launch, or its error against float64; None if it is right."""
     query, key, value = random_inputs(dtype, 1, 2, CHECKED_TOKENS, head_dim, device)
     expected: Any = attention(query, key, value, return_entropy=True, backend="reference")
     try:
         result = run(tile, query, key, value, entropy=True)
         run(tile, query, key, value, entropy=False)
-    except Exception as error:  # whatever the compiler or the driver raises, out of resources included
+    except Exception as error:  # whatever the compiler or the driver raises, "out of resources" included
         return first_line(error)
     errors = [float((a.double() - b).abs().max()) for a, b in zip(result[:2], expected[:2], strict=True)]
     allowed = [32 * torch.finfo(query.dtype).eps * float(expected.out.abs().max()), 1e-3]
@@ -69,7 +69,7 @@ def wrong(tile: Tile, dtype: str, head_dim: int, device: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """At which sizes tiles are timed, and how often."""
+    """The sizes at which tiles are timed, and the number of rounds."""
 
     tokens: list[int]
     entropies: tuple[bool, ...] = (False, True)
@@ -81,7 +81,7 @@ class Plan:
 
 
 def tune(dtype: str, head_dim: int, tried: list[Tile], plan: Plan, add: Callable[..., None]) -> Tile:
-    """The best of the tiles, the first of which is the present one; `add` gets a row for each that was tried."""
+    """The best of the tiles; the first is the present one. `add` is called with a row for each tile."""
     row = {"dtype": dtype, "head_dim": head_dim}
     right = {}
     for tile in tqdm(tried, desc=f"{dtype}, D = {head_dim}: checking", leave=False, file=sys.stderr):
@@ -112,7 +112,7 @@ def tune(dtype: str, head_dim: int, tried: list[Tile], plan: Plan, add: Callable
 
 
 def architecture_of(machine: dict[str, Any]) -> str:
-    """The name that the file of tiles has for it."""
+    """The name of the machine's GPU architecture in the file of tiles."""
     if "compute_capability" in machine:
         return "sm_" + machine["compute_capability"].replace(".", "")
     return machine["architecture"].split(":")[0]
@@ -141,7 +141,7 @@ def dry_run(architecture: str, dtypes: list[str], head_dims: list[int], compiled
 
 
 def draw(machine: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
-    """For each dtype and head dim, the time of every candidate as a fraction of the present tile's."""
+    """The ratio of every candidate's time to the present tile's, for each dtype and head dim."""
     plt = harness.pyplot()
     scored = [row for row in rows if "score" in row]
     if not scored:
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--picture-from", type=Path, metavar="JSON", help="time nothing: draw this log")
     parser.add_argument("--dry-run", action="store_true", help="list candidates and what rules them out; needs no GPU")
     parser.add_argument("--compile", action="store_true", help="with --dry-run: also compile them")
-    parser.add_argument("--architecture", choices=list(tiles.TABLE), help="of --dry-run (default: sm_80)")
+    parser.add_argument("--architecture", choices=list(tiles.TABLE), help="for --dry-run (default: sm_80)")
     arguments = parser.parse_args()
     for name in ("tokens", "batch", "heads", "rounds"):
         given = getattr(arguments, name)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -17,8 +18,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
-NEEDS = {"adapter": "diffusers", "demo": "diffusers"}
+SCRIPTS = sorted(
+    path.relative_to(BENCHMARKS).with_suffix("").as_posix()
+    for path in BENCHMARKS.rglob("*.py")
+    if "def main(" in path.read_text()
+)
 
 
 @pytest.fixture
@@ -51,11 +55,11 @@ def rows_of(done: subprocess.CompletedProcess, json_file: Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(name, tmp_path):
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+    if name == "adapter" or name.startswith("paper/"):
+        pytest.importorskip("diffusers")
     done = run(name, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "--out" in done.stdout
+    assert done.stdout.startswith(f"usage: {Path(name).name}.py")
     assert not list(tmp_path.iterdir())
 
 
@@ -159,6 +163,79 @@ def test_cpu(tmp_path):
     ratios = [f"{way} / sdpa" for way in ("ours", "ours with entropy", "textbook entropy")]
     assert [list(row) for row in rows] == 2 * [columns + ratios]
     assert f"| {' | '.join(columns + ratios)} |" in done.stdout
+
+
+def test_cpu_busy(tmp_path):
+    arguments = ["--dtypes", "float32", "--tokens", "32", "--head-dims", "8", "--heads", "2", "--rounds", "2"]
+    done = run("cpu", *arguments, "--busy", cwd=tmp_path)
+    assert len(rows_of(done, tmp_path / "build" / "cpu.json")) == 1
+    others = json.loads((tmp_path / "build" / "cpu.json").read_text())["machine"]["busy_processes"]
+    assert others >= 1
+    assert f"2 rounds, with {others} other processes on {others} cores" in done.stdout
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """The processor time of a process so far, None if it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return None
+    return None if state == "Z" else (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until(true) -> bool:
+    deadline = time.monotonic() + 60
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processor times are read from /proc")
+
+
+@needs_proc
+def test_busy_processes_compute_until_they_are_stopped(benchmark, monkeypatch):
+    cpu, started, popen = benchmark("cpu"), [], subprocess.Popen
+
+    def noting(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    with cpu.busy(2):
+        assert len(started) == 2
+        assert wait_until(lambda: all(cpu_seconds(process.pid) > 0.3 for process in started))  # starting takes less
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+@needs_proc
+@pytest.mark.parametrize("age", [0, 1])
+def test_a_busy_process_ends_with_its_parent(benchmark, age):
+    """Seconds before it is killed: the child is just starting, or at work."""
+    code = (
+        "import os, subprocess, sys\n"
+        "command = [sys.executable, '-c', sys.argv[1], str(os.getpid())]\n"
+        "print(subprocess.Popen(command).pid, flush=True)\n"
+        "input()"
+    )
+    command = [sys.executable, "-c", code, benchmark("cpu").BUSY]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        time.sleep(age)
+        assert cpu_seconds(child) is not None
+        parent.kill()
+    try:
+        assert wait_until(lambda: cpu_seconds(child) is None)
+    finally:
+        if cpu_seconds(child) is not None:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_busy_process_that_ends_early_is_an_error(benchmark, monkeypatch):
+    cpu = benchmark("cpu")
+    monkeypatch.setattr(cpu, "BUSY", "")
+    with pytest.raises(RuntimeError, match="1 of the 1 busy processes ended early"), cpu.busy(1):
+        time.sleep(2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C goes to every process of a console there")

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "demo.py"
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "paper" / "demo.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

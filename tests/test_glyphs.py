@@ -17,11 +17,13 @@ import torch
 from entropy_attn.diffusers import calibrate, enable
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAPER = BENCHMARKS / "paper"
 
 
 @pytest.fixture
 def glyphs(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for folder in (BENCHMARKS, PAPER):
+        monkeypatch.syspath_prepend(str(folder))
     import glyphs.pipeline
     import glyphs.recogniser
     import glyphs.train
@@ -102,7 +104,7 @@ def test_an_interrupted_training_ends_at_the_same_weights(glyphs, tmp_path, monk
 @pytest.mark.slow
 def test_two_processes_are_killed_and_go_on(tmp_path):
     """Killed after the first checkpoint, and run again by the same command."""
-    command = [sys.executable, BENCHMARKS / "glyphs" / "train.py", "--steps", "205", "--batch", "2", "--images", "20"]
+    command = [sys.executable, PAPER / "glyphs" / "train.py", "--steps", "205", "--batch", "2", "--images", "20"]
     command += ["--out", tmp_path, "--design", "levels"]
     training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     checkpoint = tmp_path / "checkpoint.pt"
@@ -146,7 +148,7 @@ def test_an_unknown_design_is_refused(glyphs):
 
 @pytest.fixture
 def shipped(glyphs):
-    pipe = glyphs.pipeline.GlyphPipeline.from_pretrained(BENCHMARKS / "glyphs" / "model")
+    pipe = glyphs.pipeline.GlyphPipeline.from_pretrained(PAPER / "glyphs" / "model")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -219,19 +221,19 @@ def test_a_design_is_measured_and_compared(tmp_path):
         return done.stdout
 
     folder = tmp_path / "levels"
-    shutil.copytree(BENCHMARKS / "glyphs" / "model", folder)
+    shutil.copytree(PAPER / "glyphs" / "model", folder)
     (folder / "training.json").write_text(json.dumps({"design": "levels", "steps": 5000, "batch": 48}))
-    script(BENCHMARKS / "glyphs" / "attention.py", folder)
+    script(PAPER / "glyphs" / "attention.py", folder)
     rows = json.loads((folder / "attention.json").read_text())["rows"]
     assert [row["tokens"] for row in rows].count(144) == 3
     assert [row["tokens"] for row in rows].count(36) == 4
     assert all(0 < row["entropy"] < math.log(row["tokens"]) for row in rows)
     assert sum(row["half_variance"] for row in rows) / len(rows) > 1  # peaked, as it is meant to be
     script(
-        BENCHMARKS / "paper.py", "--what", "fid", "clip", "--num", 40, "--steps", 1, "--sizes", "16x16", "24x24",
+        PAPER / "paper.py", "--what", "fid", "clip", "--num", 40, "--steps", 1, "--sizes", "16x16", "24x24",
         "--scales", "paper", "--folder", folder, "--out", folder,
     )  # fmt: skip
-    lines = script(BENCHMARKS / "glyphs" / "compare.py", folder).splitlines()
+    lines = script(PAPER / "glyphs" / "compare.py", folder).splitlines()
     assert sum(line.startswith("| levels, 5000 x 48 | 2.76 | 3 x 144, 4 x 36 |") for line in lines) == 1
     [small] = [line for line in lines if line.startswith("| levels, 5000 x 48 | 16 x 16 |")]
     assert [len(cell.split(" / ")) for cell in small.strip("|").split("|")[2:4]] == [2, 2]

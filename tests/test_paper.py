@@ -18,13 +18,15 @@ import torch
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAPER = BENCHMARKS / "paper"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 
 
 @pytest.fixture
 def evaluation(monkeypatch):
     """Imports a module of the evaluation by its name, and forgets them all at the end."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for folder in (BENCHMARKS, PAPER):
+        monkeypatch.syspath_prepend(str(folder))
     yield lambda name: importlib.import_module(name)
     ours = ("evaluation", "glyphs", "metrics", "harness", "paper")
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:
@@ -32,7 +34,7 @@ def evaluation(monkeypatch):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    command = [sys.executable, PAPER / "paper.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -81,15 +83,51 @@ def test_rules(evaluation):
         rules.options_of("nothing", None)
 
 
-def test_fit(evaluation):
+def test_figures_5_and_6_show_the_rows(evaluation):
+    """Two layers whose entropies are straight lines over ln N, at four sizes, of which two have the same N."""
     figures = evaluation("evaluation.figures")
-    N = np.array([16, 64, 256, 1024])
-    line = figures.fit(N, 0.9 * np.log(N) - 0.2)
-    assert line.slope == pytest.approx(0.9)
-    assert line.intercept == pytest.approx(-0.2)
-    assert line.r_squared == pytest.approx(1)
-    with pytest.raises(ValueError, match="different numbers"):
-        figures.fit(np.array([16, 16]), np.array([1.0, 2.0]))
+    plt = evaluation("harness").pyplot()
+    trained, slopes = (24, 24), {"original": 0.9, "paper": 0.6, "calibrated": 0.1}
+
+    def places(pixels, slope):
+        for layer, factor in (("outer", 4), ("inner", 16)):
+            T, N = 576 // factor, pixels // factor
+            yield from (
+                {"layer": layer, "step": step, "tokens": N, "train_tokens": T,
+                 "entropy": 2 + slope * math.log(N / T) + step + (layer == "inner")}
+                for step in (0, 1)
+            )  # fmt: skip
+
+    rows = [
+        {"kind": "entropy", "width": w, "height": h, "rule": rule, "places": list(places(w * h, slope))}
+        for w, h in ((16, 24), (24, 16), (36, 36), trained) for rule, slope in slopes.items()
+    ]  # fmt: skip
+    figure, (fits, layers, steps) = plt.subplots(1, 3)
+    figures.draw_fits(fits, rows, trained)
+    figures.draw_lines(layers, rows, trained, "layer")
+    figures.draw_lines(steps, rows, trained, "step")
+    plt.close(figure)
+    said = [text.get_text() for text in fits.get_legend().get_texts()]
+    assert said == [
+        f"{rule}, T = {T}: slope {slope:.3f}, R² 1.0000" for rule, slope in slopes.items() for T in (36, 144)
+    ]
+    assert [label.get_text() for label in fits.get_xticklabels()] == ["24", "36", "81", "144", "324"]
+    lines = {line.get_label(): line for line in layers.get_lines()}
+    assert [label.split(", ")[0] for label in lines] == [*3 * ["24x16"], *3 * ["24x24"], *3 * ["36x36"]]
+    for rule, slope in slopes.items():
+        mean = 2.5 + slope * math.log(36 * 36 / 576)
+        assert lines[f"36x36, {rule}"].get_ydata() == pytest.approx([mean, mean + 1])
+    assert {line.get_color() for label, line in lines.items() if label.startswith("24x24")} == {"tab:gray"}
+    assert steps.get_lines()[0].get_ydata() == pytest.approx([2.5 + 0.9 * math.log(2 / 3), 3.5 + 0.9 * math.log(2 / 3)])
+    table = evaluation("evaluation.tables").fits(figures.entropy_rows(rows))
+    assert table.splitlines()[2] == f"| original | 36 | 0.900 | {3.5 - 0.9 * math.log(36):.3f} | 1.0000 |"
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_model_is_loaded_in_the_dtype_asked_for(evaluation):
+    subjects = evaluation("evaluation.subjects")
+    assert subjects.glyphs().pipe.unet.dtype == torch.float32
+    assert subjects.glyphs(dtype=torch.bfloat16).pipe.unet.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["evaluation.published"])
@@ -172,7 +210,7 @@ def test_seeds_are_the_images_numbers(evaluation, monkeypatch, tmp_path):
 
 def test_an_interrupted_run_goes_on(evaluation, monkeypatch, tmp_path):
     arguments = ("--num", 40, "--batch", 10, "--steps", 2, "--sizes", "32x32", "--what", "clip", "--out", tmp_path)
-    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    command = [sys.executable, PAPER / "paper.py", *map(str, arguments)]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it, and pass that on)
     running = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed
@@ -216,7 +254,7 @@ def test_a_full_disk_loses_nothing(evaluation, monkeypatch, tmp_path):
         "--out",
         tmp_path,
     )
-    command = [sys.executable, BENCHMARKS / "paper.py", *map(str, arguments)]
+    command = [sys.executable, PAPER / "paper.py", *map(str, arguments)]
     full = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, preexec_fn=limited)
     assert full.returncode == 2
     assert "paper.py: [Errno 27] File too large" in full.stderr

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md"]
+PAGES += sorted(page for folder in ("benchmarks", "docs") for page in (ROOT / folder).rglob("*.md"))
 
 
 def blocks(page):
@@ -100,6 +101,13 @@ def published():
         if listed.returncode == 0:
             return {path for name in listed.stdout.splitlines() for path in (Path(name), *Path(name).parents)}
     return {path.relative_to(ROOT) for path in ROOT.rglob("*")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands(page):
+    """The scripts that a page says to run are there."""
+    for script in re.findall(r"python ([a-z][a-z_/]*\.py)", page.read_text()):
+        assert (ROOT / script).is_file(), script
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,18 +1,21 @@
-"""The two pictures of an entropy record: Fig. 5 and Fig. 6 of Jin et al. (NeurIPS 2023)."""
+"""Fig. 5 and Fig. 6 of Jin et al. (NeurIPS 2023): entropy against ln N with fitted lines, and entropy of each layer.
+
+`draw` makes both pictures of an entropy record. `plot_fits` and `plot_lines` draw one of them into given axes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 COLORS = ("#3b6fb6", "#d1495b", "#4f9d69", "#8e6bbf", "#c98a2b", "#5c6770")
 MARKERS = "os^Dvp"
-TRAINED = "#333333"  # where all scales are the trained one
-STYLES = (":", "--", "-.")  # of the other sizes
+TRAINED = "#333333"  # color of the trained size, where the lines of all scales are the same
+STYLES = (":", "--", "-.")  # line styles of the other sizes
 
 
 class Run(NamedTuple):
@@ -36,6 +39,23 @@ class Fit(NamedTuple):
     r_squared: float
 
 
+class Points(NamedTuple):
+    """Points of Fig. 5 through which one line is fitted."""
+
+    label: str
+    tokens: Sequence[float]  # N; where a point stands for several layers, their geometric mean
+    entropy: Sequence[float]  # nats
+    look: dict[str, Any]  # arguments of matplotlib's Axes.plot: color, marker
+
+
+class Line(NamedTuple):
+    """A line of Fig. 6."""
+
+    label: str | None  # in the legend; None leaves it out
+    entropy: Sequence[float]  # nats, of each layer or step in order
+    look: dict[str, Any]  # arguments of matplotlib's Axes.plot: color, linestyle, marker
+
+
 def runs_of(rows: Sequence[dict]) -> list[Run]:
     """The runs in the rows of `EntropyRecord.table()`."""
     runs: dict[tuple, Run] = {}
@@ -49,16 +69,64 @@ def runs_of(rows: Sequence[dict]) -> list[Run]:
     return list(runs.values())
 
 
-def fit(runs: Sequence[Run]) -> Fit | None:
-    """The line through the runs' mean entropies over their mean ln N, or None where all have one size."""
-    x = np.array([run.log_tokens for run in runs])
-    y = np.array([np.mean(run.entropy) for run in runs])
-    if len(runs) < 2 or np.ptp(x) < 1e-9:
+def mean_entropy(rows: Iterable[Mapping[str, Any]], by: str) -> dict[Any, float]:
+    """The mean of the column "entropy" for each value of the column `by`, in the order of the rows."""
+    groups: dict[Any, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row[by], []).append(row["entropy"])
+    return {value: sum(entropies) / len(entropies) for value, entropies in groups.items()}
+
+
+def fit_line(tokens: Sequence[float], entropy: Sequence[float]) -> Fit | None:
+    """The line through entropies over ln N, or None where all N are the same."""
+    x, y = np.log(tokens), np.asarray(entropy)
+    if len(x) < 2 or np.ptp(x) < 1e-9:
         return None
     slope, intercept = np.polyfit(x, y, 1)
     spread = float(((y - y.mean()) ** 2).sum())
     missed = float(((y - slope * x - intercept) ** 2).sum())
     return Fit(float(slope), float(intercept), 1.0 - missed / spread if spread > 0 else 1.0)
+
+
+def fit(runs: Sequence[Run]) -> Fit | None:
+    """The line through the runs' mean entropies over their mean ln N, or None where all have one size."""
+    return fit_line(*_means(runs))
+
+
+def _means(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
+    """Of each run: the geometric mean of N, and the mean entropy."""
+    return [math.exp(run.log_tokens) for run in runs], [float(np.mean(run.entropy)) for run in runs]
+
+
+def equation(line: Fit) -> str:
+    sign = "−" if line.intercept < 0 else "+"
+    return f"{line.slope:.3f} ln N {sign} {abs(line.intercept):.2f}, R² {line.r_squared:.4f}"
+
+
+def shown_sizes(sizes: Iterable[int], trained: int) -> list[int]:
+    """The smallest size, the one nearest to the trained one, and the largest, as many lines as can be told apart."""
+    ordered = sorted(set(sizes))
+    nearest = min(ordered, key=lambda size: abs(math.log(size / trained)))
+    return sorted({ordered[0], nearest, ordered[-1]})
+
+
+def plot_fits(axes: Any, groups: Iterable[Points], caption: Callable[[Fit], str] = equation) -> None:
+    """Fig. 5: entropy over ln N, and the line fitted to each group. `caption` says in the legend what the line is."""
+    for label, tokens, entropy, look in groups:
+        line = fit_line(tokens, entropy)
+        if line is not None:
+            ends = np.log([min(tokens), max(tokens)])
+            axes.plot(ends, line.slope * ends + line.intercept, **{**look, "marker": ""})
+            label = f"{label}: {caption(line)}"
+        axes.plot(np.log(tokens), entropy, linestyle="", **look)
+        axes.plot([], [], label=label, linestyle="-" if line else "", **look)
+
+
+def plot_lines(axes: Any, lines: Iterable[Line]) -> None:
+    """Fig. 6: the entropy of each layer, or of each step, in order."""
+    for line in lines:
+        axes.plot(line.entropy, label=line.label, **line.look)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def draw(rows: Sequence[dict], path: str | Path | None = None):
@@ -75,7 +143,7 @@ def draw(rows: Sequence[dict], path: str | Path | None = None):
     looks = {}  # color and marker of a scale, the same in both pictures
     for i, label in enumerate(dict.fromkeys(run.label for run in runs)):
         looks[label] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-    _draw_fit(by_tokens, runs, looks)
+    _draw_fits(by_tokens, runs, looks)
     _draw_layers(by_layer, runs, looks)
     for axes in (by_tokens, by_layer):
         axes.grid(color="#e6e6e6", linewidth=0.8)
@@ -87,18 +155,9 @@ def draw(rows: Sequence[dict], path: str | Path | None = None):
     return figure
 
 
-def _draw_fit(axes, runs: Sequence[Run], looks: dict[str, dict]) -> None:
-    for label, look in looks.items():
-        mine = [run for run in runs if run.label == label]
-        x = [run.log_tokens for run in mine]
-        line, text = fit(mine), label
-        if line is not None:
-            ends = np.array([min(x), max(x)])
-            sign = "−" if line.intercept < 0 else "+"
-            text += f": {line.slope:.3f} ln N {sign} {abs(line.intercept):.2f}, R² {line.r_squared:.4f}"
-            axes.plot(ends, line.slope * ends + line.intercept, color=look["color"])
-        axes.plot(x, [np.mean(run.entropy) for run in mine], linestyle="", **look)
-        axes.plot([], [], label=text, linestyle="-" if line else "", **look)
+def _draw_fits(axes, runs: Sequence[Run], looks: dict[str, dict]) -> None:
+    by_label = {label: [run for run in runs if run.label == label] for label in looks}
+    plot_fits(axes, [Points(label, *_means(mine), looks[label]) for label, mine in by_label.items()])
     trained = float(np.mean(np.log(runs[0].train_tokens)))
     axes.axvline(trained, color=TRAINED, linewidth=1, linestyle=":", label="trained size")
     axes.set(xlabel="ln N, mean over the layers", ylabel="mean attention entropy (nats)")
@@ -108,33 +167,24 @@ def _draw_fit(axes, runs: Sequence[Run], looks: dict[str, dict]) -> None:
 def _draw_layers(axes, runs: Sequence[Run], looks: dict[str, dict]) -> None:
     trained = max(runs[0].train_tokens)
     styles = iter(STYLES)
-    for size in _shown_sizes(runs):
-        style = "-" if size == trained else next(styles)
-        lines: dict[str, np.ndarray] = {}
-        for label in looks:
-            mine = [run for run in runs if run.label == label and _size(run) == size]
+    for size in shown_sizes(map(_size, runs), trained):
+        style = {"linestyle": "-" if size == trained else next(styles), "linewidth": 1.4}
+        lines = []
+        for label, look in looks.items():
+            mine = [run.entropy for run in runs if run.label == label and _size(run) == size]
             if mine:
-                lines[label] = np.mean([r.entropy for r in mine if len(r.entropy) == len(mine[0].entropy)], axis=0)
-        lone = size == trained and len({line.tobytes() for line in lines.values()}) == 1
-        for label, line in list(lines.items())[: 1 if lone else None]:
-            look = {"color": TRAINED, "marker": "."} if lone else looks[label]
-            axes.plot(line, linestyle=style, linewidth=1.4, markersize=4, **look)
+                entropy = np.mean([e for e in mine if len(e) == len(mine[0])], axis=0)
+                lines.append(Line(None, entropy, {**look, **style, "markersize": 4}))
+        if size == trained and len({tuple(line.entropy) for line in lines}) == 1:  # all scales are the trained one
+            lines = [Line(None, lines[0].entropy, {**style, "color": TRAINED, "marker": ".", "markersize": 4})]
+        plot_lines(axes, lines)
         name = f"N = {size}" + (", the trained size" if size == trained else "")
-        axes.plot([], [], color=TRAINED, linestyle=style, linewidth=1.4, label=name)
+        axes.plot([], [], color=TRAINED, label=name, **style)
     for label, look in looks.items():
         axes.plot([], [], linestyle="", markersize=4, label=label, **look)
     axes.set(xlabel="layer", ylabel="attention entropy (nats)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title("Entropy of each layer")
 
 
 def _size(run: Run) -> int:
     return max(run.tokens)
-
-
-def _shown_sizes(runs: Sequence[Run]) -> list[int]:
-    """The smallest size, the one nearest to the trained one, and the largest, as many lines as can be told apart."""
-    sizes = sorted({_size(run) for run in runs})
-    trained = max(runs[0].train_tokens)
-    nearest = min(sizes, key=lambda size: abs(math.log(size / trained)))
-    return sorted({sizes[0], nearest, sizes[-1]})

@@ -1,4 +1,4 @@
-"""The denoisers that were tried, by name."""
+"""Designs of the denoiser, by name. designs.md compares them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
 LABEL_DIM = 64
-PATCH = 2  # pixels on a side that make a sample of the denoiser
-SIZE = 24  # of the images in training
+PATCH = 2  # a pixel of the denoiser is a square of PATCH x PATCH pixels of the image
+SIZE = 24  # width and height of the training images
 
 
 @dataclass(frozen=True)
 class Design:
-    """A UNet with attention at every level, or a transformer if it has no `channels`.
+    """A UNet with attention at every level, or a transformer if `channels` is empty.
 
-    `sharpness` multiplies the initial weights of the self-attention's queries and keys each, so that the logits begin
-    with a variance of sharpness ** 4 and not near 0.
+    `sharpness` multiplies the initial weights of the query and key projections of self-attention. So it multiplies the
+    initial variance of the logits by sharpness ** 4.
     """
 
     channels: tuple[int, ...] = ()
     head_dim: int = 32
     transformer_layers: int = 1
-    kernel: int = 3  # of the first and last convolution
+    kernel: int = 3  # kernel size of the first and last convolution
     sharpness: float = 1.0
-    heads: int = 4  # of a transformer
+    heads: int = 4  # heads and layers are of a transformer
     layers: int = 6
 
 
@@ -38,7 +38,7 @@ DESIGNS = {
 
 
 def build(name: str) -> UNet2DConditionModel | PixArtTransformer2DModel:
-    """The denoiser of a design, at random weights."""
+    """The denoiser of a design, with random weights. Raises ValueError for an unknown design."""
     if name not in DESIGNS:
         raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {name!r}")
     design = DESIGNS[name]
@@ -61,7 +61,7 @@ def _unet(design: Design) -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         layers_per_block=1,
         transformer_layers_per_block=design.transformer_layers,
-        # Diffusers calls the number of heads by this name.
+        # In Diffusers this argument is the number of heads.
         attention_head_dim=tuple(channels // design.head_dim for channels in design.channels),
         cross_attention_dim=LABEL_DIM,
         norm_num_groups=8,

@@ -1,4 +1,4 @@
-"""The models under test, behind one interface: which sizes, and how images of given numbers are drawn."""
+"""The models under test, behind one interface: their sizes, and how they draw images of given numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from glyphs import data
@@ -16,6 +17,8 @@ from glyphs.pipeline import GlyphPipeline
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibration_from, enable
 
 Size = tuple[int, int]  # width, height: the paper's order
+# The argument of from_pretrained. Since Diffusers 0.40 it is `dtype`, and `torch_dtype` raises a FutureWarning.
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 GLYPHS = Path(__file__).parent.parent / "glyphs" / "model"
 GLYPH_SIZES = ((16, 16), (20, 20), (28, 28), (32, 32), (36, 36), (16, 24), (24, 16), (24, 36), (36, 24), (24, 24))
 SD_SIZES = ((128, 128), (224, 224), (384, 384), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
@@ -24,7 +27,7 @@ LDM_SIZES = ((128, 128), (224, 224), (256, 256), (384, 384), (256, 144), (256, 1
 
 @dataclass(frozen=True)
 class Known:
-    """A model of the paper: where it is, the family its published figures are listed under, and the paper's sizes."""
+    """A model of the paper: its hub id, its key in published.py, the sizes to measure, and its trained size."""
 
     path: str
     family: str
@@ -41,20 +44,23 @@ KNOWN = {
 
 @dataclass
 class Subject:
-    """A pipeline that draws image number n from seed n: the same in any batch, up to rounding, unless entropy matching
-    follows the mean of the batch."""
+    """A pipeline that draws image number n from seed n.
+
+    Up to rounding, an image is the same in any batch. The exception is entropy matching, which follows the mean entropy
+    of the batch.
+    """
 
     name: str
     pipe: Any
     train_size: Size
     sizes: tuple[Size, ...]
-    multiple: int  # of pixels, that a width or height has to be
-    call: Callable[[list[int]], dict[str, Any]]  # the pipeline's arguments for images of these numbers
+    multiple: int  # width and height must be multiples of this, in pixels
+    call: Callable[[list[int]], dict[str, Any]]  # from image numbers to arguments of the pipeline
     family: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # the same in every call
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of every call
 
     def draw(self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None) -> torch.Tensor:
-        """Images (n, C, H, W) in [0, 1]; `settings` is what `enable` is given, None leaves the pipeline alone."""
+        """Images (n, C, H, W) in [0, 1]. `settings` are arguments of `enable`; None draws without the adapter."""
         if settings is None:
             return self._draw(size, list(numbers))
         with enable(self.pipe, train_size=self.train_size[::-1], **settings):
@@ -67,13 +73,13 @@ class Subject:
         return torch.from_numpy(images).permute(0, 3, 1, 2).float()
 
     def draw_resized(self, size: Size, numbers: Sequence[int]) -> torch.Tensor:
-        """Images of the trained size, resized."""
+        """Images drawn at the trained size and resized, (n, C, H, W) in [0, 1]."""
         images = self.draw(self.train_size, numbers, None)
         return torch.nn.functional.interpolate(images, size[::-1], mode="bilinear", antialias=True).clamp(0, 1)
 
     def check_multidiffusion(self) -> None:
         """Raises ValueError where Diffusers has no MultiDiffusion for the pipeline."""
-        from diffusers import StableDiffusionPipeline  # here, since it imports transformers' image processors
+        from diffusers import StableDiffusionPipeline  # imported here: it imports transformers
 
         if not isinstance(self.pipe, StableDiffusionPipeline):
             raise ValueError(
@@ -81,7 +87,7 @@ class Subject:
             )
 
     def with_multidiffusion(self) -> Subject:
-        """The same model, drawing by MultiDiffusion. Raises ValueError where Diffusers has none for it."""
+        """The same model with MultiDiffusion. Raises ValueError where Diffusers has none for the pipeline."""
         from diffusers import DDIMScheduler, StableDiffusionPanoramaPipeline
 
         self.check_multidiffusion()
@@ -94,7 +100,7 @@ class Subject:
     def entropies(
         self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None, batch: int
     ) -> EntropyRecord:
-        """The entropies of the layers and steps while images of these numbers are drawn, `batch` at a time."""
+        """The record of entropies while images of these numbers are drawn, `batch` at a time."""
         record = EntropyRecord()
         settings = {**({"exponent": 0} if settings is None else settings), "record_entropy": record}
         for start in range(0, len(numbers), batch):
@@ -102,12 +108,12 @@ class Subject:
         return record
 
     def calibrate(self, numbers: Sequence[int], batch: int) -> Calibration:
-        """Every layer's mean entropy at the trained size, from these images."""
+        """The calibration: every layer's mean entropy at the trained size, from images of these numbers."""
         record = self.entropies(self.train_size, numbers, None, batch)
         return calibration_from(self.pipe, record, train_size=self.train_size[::-1])
 
     def fingerprint(self) -> str:
-        """Of the denoiser's weights."""
+        """A checksum of the denoiser's weights: the sum of their absolute values."""
         return f"{sum(parameter.double().abs().sum().item() for parameter in denoiser(self.pipe).parameters()):.9e}"
 
     def check_sizes(self, sizes: Sequence[Size]) -> None:
@@ -120,18 +126,17 @@ class Subject:
 
 
 def denoiser(pipe: Any) -> torch.nn.Module:
+    """The UNet or the transformer of a pipeline."""
     return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def glyphs(folder: Path = GLYPHS, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> Subject:
-    """The embedded pipeline; `options` are the same in every call. Raises ValueError where there is none."""
+    """The embedded pipeline; `options` are arguments of every call. Raises ValueError if the folder has no pipeline."""
     if not (folder / "model_index.json").exists():
         raise ValueError(
-            f"no glyph pipeline in {folder}: train one with `python benchmarks/glyphs/train.py --out {folder}`"
+            f"no glyph pipeline in {folder}: train one with `python benchmarks/paper/glyphs/train.py --out {folder}`"
         )
-    # The name of this argument differs between versions of Diffusers; float32 needs none.
-    options_of_dtype = {} if dtype == torch.float32 else {"torch_dtype": dtype}
-    pipe = GlyphPipeline.from_pretrained(folder, **options_of_dtype).to(device)
+    pipe = GlyphPipeline.from_pretrained(folder, **{DTYPE: dtype}).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Subject(
         "glyphs", pipe, (pipe.train_size, pipe.train_size), GLYPH_SIZES, pipe.multiple,
@@ -150,12 +155,12 @@ def text_to_image(
     """A model of the paper by its short name, or any text-to-image pipeline by path or hub id.
 
     Raises:
-        ValueError: it cannot be loaded, draws from no prompt, or its trained size is not known.
+        ValueError: it cannot be loaded, takes no prompt, or its trained size is unknown.
     """
     known = KNOWN.get(name)
     path = known.path if known else name
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE: dtype})
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be loaded (a local folder, or a hub id with a network): {reason}") from error
@@ -165,7 +170,7 @@ def text_to_image(
 def text_subject(
     name: str, pipe: Any, prompts: Sequence[str], train_size: Size | None = None, **options: Any
 ) -> Subject:
-    """The subject of a text-to-image pipeline that is loaded already; raises as `text_to_image`."""
+    """The subject of a loaded text-to-image pipeline. Raises as `text_to_image`."""
     if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(f"{name} is a {type(pipe).__name__}, which draws from no prompt")
     pipe.set_progress_bar_config(disable=True)
@@ -173,7 +178,7 @@ def text_subject(
     factor = getattr(pipe, "vae_scale_factor", 8)
     train_size = train_size or (known.train_size if known else trained_size(name, pipe, factor))
     width, height = train_size
-    # Half to one and a half times the trained size, and two that are not of its proportion.
+    # From 1/2 to 3/2 of the trained width and height, and two sizes of another aspect ratio.
     shares = ((2, 2), (3, 3), (4, 4), (6, 6), (4, 3), (6, 4))
     others = tuple((width * n // 4 // 64 * 64, height * m // 4 // 64 * 64) for n, m in shares)
     return Subject(
@@ -184,7 +189,7 @@ def text_subject(
 
 
 def trained_size(name: str, pipe: Any, factor: int) -> Size:
-    """What the denoiser's config says. Raises ValueError where it says nothing."""
+    """The trained size in the denoiser's config. Raises ValueError if the config has none."""
     size = getattr(denoiser(pipe).config, "sample_size", None)
     if size is None:
         raise ValueError(f"{name} does not say which size it was trained at: give --train-size")

@@ -1,5 +1,8 @@
-"""The paper's own figures: Jin et al., Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image
-Synthesis, NeurIPS 2023. "sd" is Stable Diffusion 2.1-base. Sizes as it gives them, taken for width x height."""
+"""The numbers of the paper's tables: Jin et al., Training-free Diffusion Model Adaptation for Variable-Sized
+Text-to-Image Synthesis, NeurIPS 2023.
+
+"sd" is Stable Diffusion 2.1-base. The paper does not say whether its sizes are width x height; that is assumed here.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class LabelEmbedder(ModelMixin, ConfigMixin):
-    """Labels (B,) as sequences (B, 1, dim) for cross-attention; label `num_classes` stands for no label."""
+    """Embeds labels (B,) as sequences (B, 1, dim) for cross-attention. Label `num_classes` means "no label"."""
 
     @register_to_config
     def __init__(self, num_classes: int = 10, dim: int = 64):
@@ -24,14 +24,14 @@ class LabelEmbedder(ModelMixin, ConfigMixin):
 
 
 def patch_of(unet) -> int:
-    """Pixels along an edge of one sample of the denoiser, whose channels are the pixels of a square."""
+    """P, where a pixel of the denoiser has the P x P pixels of a square of the image as its channels."""
     return round(unet.config.in_channels**0.5)
 
 
 def denoise(unet, samples: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """What the denoiser, a UNet or a transformer, predicts for images (B, 1, H, W): the same shape.
+    """The prediction (B, 1, H, W) of the denoiser, a UNet or a transformer, for noisy images (B, 1, H, W).
 
-    It works on samples of `patch` x `patch` pixels, patch ** 2 channels each.
+    The denoiser itself sees (B, P ** 2, H / P, W / P), with P of `patch_of`.
     """
     patch = patch_of(unet)
     inputs = F.pixel_unshuffle(samples, patch)
@@ -56,7 +56,7 @@ class GlyphPipeline(DiffusionPipeline):
     def __init__(self, unet, embedder: LabelEmbedder, scheduler):
         super().__init__()
         self.register_modules(unet=unet, embedder=embedder, scheduler=scheduler)
-        # There is no VAE, but this is what Diffusers calls the pixels along an edge of one sample.
+        # Diffusers' name for the pixels of the image along an edge of a pixel of the denoiser. There is no VAE here.
         self.vae_scale_factor = patch_of(unet)
         halvings = max(len(unet.config.get("block_out_channels", ())) - 1, 0)
         self.multiple = self.vae_scale_factor * 2**halvings
@@ -78,16 +78,16 @@ class GlyphPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Images of the labels, from 0 to 9 each.
+        """Draw an image for each label, from 0 to 9.
 
         Args:
-            height, width: in pixels, multiples of `multiple`; by default those of the training.
-            guidance_scale: of classifier-free guidance; 1 does without and takes half the time.
+            height, width: in pixels, multiples of `multiple`; by default the trained size.
+            guidance_scale: of classifier-free guidance; 1 switches it off and takes half the time.
             generator: one for all images, or a list with one for each.
             output_type: "pil", "np" (B, H, W, 1) or "pt" (B, 1, H, W), in [0, 1].
 
         Raises:
-            ValueError: labels, a size, a number of generators or an output type that cannot be.
+            ValueError: invalid labels, size, steps, number of generators or output type.
         """
         height = self.train_size if height is None else height
         width = self.train_size if width is None else width

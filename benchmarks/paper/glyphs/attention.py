@@ -1,7 +1,7 @@
-"""How peaked the self-attention of a glyph pipeline is, layer by layer, while it draws at its trained size.
+"""Entropy of each self-attention layer of a glyph pipeline while it draws at its trained size.
 
-Writes attention.json beside the weights: entropy in nats, its distance from ln T, and half the logits' variance, which
-by Eq. 5 of Jin et al., NeurIPS 2023, is that distance.
+Writes attention.json beside the weights. It has the entropy in nats, the deficit ln T - entropy, and half the variance
+of the logits. By Eq. 5 of Jin et al., NeurIPS 2023, the deficit is half the variance.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is imported
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[:0] = map(str, Path(__file__).parents[1:3])  # where evaluation and glyphs are, and harness.py
 
 import harness
 from evaluation.subjects import Subject, glyphs
@@ -26,9 +26,9 @@ IMAGES = 20  # two of each digit
 
 
 def logit_variances(subject: Subject) -> dict[str, float]:
-    """The variance of q . k / sqrt(d) over the keys, its mean over queries, heads, images and steps, of every layer.
+    """For every layer: the variance of q . k / sqrt(d) over the keys, averaged over queries, heads, images and steps.
 
-    The layers are named as in the records of entropy.
+    The layers have the names of the entropy record.
     """
     kept: dict[tuple[str, str], Any] = {}
     sums: dict[str, list[float]] = defaultdict(list)
@@ -81,7 +81,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="folder of a pipeline, as train.py writes it")
+    parser.add_argument("model", type=Path, help="folder of a pipeline that train.py wrote")
     arguments = parser.parse_args()
     try:
         subject = glyphs(arguments.model)

@@ -1,10 +1,10 @@
-"""Designs side by side: python benchmarks/glyphs/compare.py build/designs/*
+"""Compares designs of the embedded pipeline: python benchmarks/paper/glyphs/compare.py build/designs/*
 
-Of each folder it reads what train.py, attention.py and paper.py wrote there:
+It reads what train.py, attention.py and paper.py wrote to the folder of each design:
 
-    python benchmarks/glyphs/train.py --design sharp --out build/designs/sharp
-    python benchmarks/glyphs/attention.py build/designs/sharp
-    python benchmarks/paper.py --what fid clip --folder build/designs/sharp --out build/designs/sharp
+    python benchmarks/paper/glyphs/train.py --design sharp --out build/designs/sharp
+    python benchmarks/paper/glyphs/attention.py build/designs/sharp
+    python benchmarks/paper/paper.py --what fid clip --folder build/designs/sharp --out build/designs/sharp
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[:0] = map(str, Path(__file__).parents[1:3])  # where evaluation and glyphs are, and harness.py
 
 import harness
 from evaluation import rows as row_files
@@ -32,14 +32,14 @@ TRAINED = (24, 24)
 
 
 class Measured(NamedTuple):
-    """What the files of a folder say."""
+    """The contents of a design's folder."""
 
     name: str
     parameters: float  # millions
     training: Row
     layers: list[Row]
     machine: Row
-    cells: dict[tuple, Row]  # of paper.py
+    cells: dict[tuple, Row]  # rows of paper.py by key_of
 
 
 def read(folder: Path) -> Measured:
@@ -53,13 +53,13 @@ def read(folder: Path) -> Measured:
 
 
 def figures(measured: Measured, size: tuple[int, int], rule: str) -> str:
-    """Distance / recognised (%) of a cell."""
+    """Distance and share of recognised digits (%) of a cell, as text."""
     found = [measured.cells.get((kind, size, rule)) for kind in ("fid", "clip")]
     return " / ".join(f"{row['value']:.1f}" for row in found if row is not None)
 
 
 def overview(measured: Measured) -> list[str]:
-    """A design in a line: what it is, its attention at the trained size, and its control."""
+    """A line for a design: its size, its attention at the trained size, and the results of the control."""
     layers = measured.layers
     T = dict.fromkeys(row["tokens"] for row in layers)
     tokens = ", ".join(f"{sum(row['tokens'] == each for row in layers)} x {each}" for each in T)
@@ -91,7 +91,7 @@ def report(folders: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="of train.py, attention.py and paper.py")
+    parser.add_argument("folders", type=Path, nargs="+", help="with the files of train.py, attention.py and paper.py")
     arguments = parser.parse_args()
     for folder in arguments.folders:
         for name in FILES:

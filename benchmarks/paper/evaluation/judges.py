@@ -1,4 +1,4 @@
-"""What images are judged by: features for a Frechet distance to reference images, and a score for each image."""
+"""Judges of images: features for the Frechet distance to reference images, and a score for each image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from evaluation.sources import open_images
 from evaluation.subjects import Size
 
-FID, CLIP_SCORE = "fid", "clip"  # what --what calls the distance and the score, whatever network they come from
+FID, CLIP_SCORE = "fid", "clip"  # the names in --what of the distance and of the score, for every judge
 CLIP = "openai/clip-vit-base-patch16"
 BATCH = 25
 RESAMPLES = 100
@@ -25,24 +25,24 @@ class Judge(Protocol):
     score_name: str
 
     def prepare(self, kinds: Collection[str]) -> None:
-        """Load what these kinds need. Raises ValueError where it cannot be had."""
+        """Load the networks and references that these kinds need. Raises ValueError if one cannot be loaded."""
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Of images (n, C, H, W) in [0, 1], (n, F)."""
+        """Features (n, F) of images (n, C, H, W) in [0, 1]."""
 
     def scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-        """Of images of these numbers, (n,)."""
+        """Scores (n,) of images (n, C, H, W) with these image numbers."""
 
     def reference(self, size: Size) -> Reference:
-        """What images of a size are compared with."""
+        """The reference that images of a size are compared with."""
 
 
 class GlyphJudge:
-    """The embedded pipeline's: features of our own recogniser, and whether it reads the digit that was asked for."""
+    """For the embedded pipeline: features of its recogniser, and whether the recogniser reads the digit asked for."""
 
     distance_name = "Frechet distance (glyph recogniser's features)"
     score_name = "recognised (%)"
-    references = 4000  # digits rendered at the size
+    references = 4000  # the number of digits rendered at the size
 
     @functools.cached_property
     def recogniser(self) -> recogniser.Recogniser:
@@ -50,7 +50,7 @@ class GlyphJudge:
 
     def prepare(self, kinds: Collection[str]) -> None:
         if kinds:
-            assert self.recogniser  # read from its file now
+            assert self.recogniser  # loads it
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return recogniser.recognise(self.recogniser, images)[0]
@@ -66,10 +66,10 @@ class GlyphJudge:
 
 
 class TextJudge:
-    """FID by torchmetrics' Inception features against reference images, and CLIP score with the prompts.
+    """For text-to-image models: FID to reference images, and the CLIP score with the prompts.
 
-    CLIP score is the cosine between the image's and the prompt's embedding, by transformers: torchmetrics 1.9 does not
-    run with transformers 5.
+    FID uses the Inception features of torchmetrics. The CLIP score is the cosine between the embeddings of image and
+    prompt. It is computed with transformers, since the CLIP score of torchmetrics 1.9 does not run with transformers 5.
     """
 
     distance_name = "FID"
@@ -83,8 +83,10 @@ class TextJudge:
         clip: str = CLIP,
         inception_weights: str | None = None,
     ) -> None:
-        """`references` as `sources.open_images` takes them; `clip` is a path or hub id; `inception_weights` a file, by
-        default what torch-fidelity downloads."""
+        """`references` as in `sources.open_images`; `clip` is a path or hub id; `inception_weights` is a file.
+
+        Without `inception_weights`, torch-fidelity downloads them.
+        """
         self.prompts, self.device = prompts, device
         self.references, self.clip_id, self.inception_weights = references, clip, inception_weights
 
@@ -136,12 +138,12 @@ class TextJudge:
 
 
 def load_inception(weights: str | None) -> torch.nn.Module:
-    """torchmetrics' Inception. Raises ValueError where it cannot be had."""
+    """The Inception network of torchmetrics. Raises ValueError if it is not installed or has no weights."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights).inception
-    except ImportError as error:  # torch-fidelity, which holds the network, may be what is missing
+    except ImportError as error:  # torchmetrics, or torch-fidelity, which holds the network
         raise ValueError(f"FID needs torchmetrics: pip install 'entropy_attn[paper]' ({error})") from error
     except (OSError, RuntimeError) as error:
         where = "from the net, give --inception FILE where there is none" if weights is None else weights
@@ -149,7 +151,7 @@ def load_inception(weights: str | None) -> torch.nn.Module:
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
-    """CLIP and its processor, by path or hub id. Raises ValueError where they cannot be had."""
+    """CLIP and its processor, by path or hub id. Raises ValueError if they cannot be loaded."""
     from transformers import CLIPModel, CLIPProcessor
 
     try:
@@ -164,13 +166,13 @@ def bytes_of(images: torch.Tensor) -> torch.Tensor:
 
 
 def distance_row(reference: Reference, features: torch.Tensor, original: torch.Tensor | None) -> dict[str, Any]:
-    """The Frechet distance with its 95 % interval over the images; with `original`, that of the paired change too."""
+    """The Frechet distance with its 95 % interval; with features `original`, the paired change and its interval too."""
     ours = reference.distances(features)
     return _row(ours, None if original is None else reference.distances(original), len(features), True)
 
 
 def score_row(scores: torch.Tensor, original: torch.Tensor | None) -> dict[str, Any]:
-    """The mean score (n,) of the images, in the same way."""
+    """The mean of scores (n,) with its interval; with scores `original`, the paired change and its interval too."""
     base = None if original is None else lambda i: original[i].mean().item()
     return _row(lambda i: scores[i].mean().item(), base, len(scores), False)
 
@@ -179,7 +181,7 @@ Statistic = Callable[[torch.Tensor], float]
 
 
 def _row(ours: Statistic, original: Statistic | None, count: int, biased: bool) -> dict[str, Any]:
-    """`value`, `value_interval` and, where there is an original, `change`, `change_interval`."""
+    """The columns `value` and `value_interval` and, if there is an original, `change` and `change_interval`."""
 
     def both(chosen: torch.Tensor) -> list[float]:
         value = ours(chosen)

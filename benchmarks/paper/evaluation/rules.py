@@ -7,10 +7,10 @@ from typing import Any
 from entropy_attn.diffusers import Calibration
 
 EXPONENTS = (1.0, 2.0, 4.0)
-MULTIPLIERS = (0.8, 0.9, 1.1, 1.25)  # of the control at the trained size
+MULTIPLIERS = (0.8, 0.9, 1.1, 1.25)  # of the trained scale: the control at the trained size
 ORIGINAL, PAPER, CALIBRATED, MATCHED = "original", "paper", "calibrated", "matched"
-RESIZED, MULTIDIFFUSION = "resized", "multidiffusion"  # other ways to an image of a size than a scale
-CANDIDATES = (PAPER, *(f"exponent {p:g}" for p in EXPONENTS))  # of which one is chosen
+RESIZED, MULTIDIFFUSION = "resized", "multidiffusion"  # ways to draw an image of a size without changing the scale
+CANDIDATES = (PAPER, *(f"exponent {p:g}" for p in EXPONENTS))  # the exponents among which one is chosen
 RULES = (ORIGINAL, *CANDIDATES, CALIBRATED, MATCHED)
 CONTROLS = tuple(f"multiplier {m:g}" for m in MULTIPLIERS)
 MEANING = {
@@ -26,7 +26,7 @@ MEANING = {
 
 
 def options_of(rule: str, calibration: Calibration | None) -> dict[str, Any] | None:
-    """What `enable` is given for a rule; None leaves the pipeline alone.
+    """The arguments of `enable` for a rule, or None if the rule is the pipeline's original scale.
 
     Raises:
         ValueError: the rule is unknown, or needs the calibration that is missing.

@@ -1,9 +1,9 @@
-"""A diffusion pipeline trained at one size, sampled at others: with its original scale, and with λ.
+"""A diffusion pipeline trained at one size draws at five sizes, with its original scale and with λ.
 
-The pipeline is small (see glyphs/) and draws digits. What the table and the picture show is real, and of this small
-model: entropy against ln N (Fig. 5 of Jin et al., NeurIPS 2023), entropy by layer (Fig. 6), and how well the digits
-come out. The Frechet distance is between features of our own recogniser, to 4000 digits rendered at the size; lower is
-better.
+The pipeline is small and draws digits (see glyphs/). The table and the picture show measurements of this model: entropy
+against ln N (Fig. 5 of Jin et al., NeurIPS 2023), entropy of each layer (Fig. 6), and the quality of the digits. The
+quality is a Frechet distance to 4000 digits rendered at the same size, between features of the recogniser in glyphs/;
+lower is better.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import argparse
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is imported
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where harness.py is
 
 import torch
 
 try:
-    import numpy as np
     from diffusers.utils import logging
-    from evaluation.figures import fit
+    from evaluation import figures
     from evaluation.judges import GlyphJudge, distance_row
     from evaluation.subjects import GLYPHS, Size, Subject, glyphs
     from tqdm import tqdm
@@ -31,17 +32,17 @@ except ImportError as error:
     sys.exit(f"{error.name} is missing: pip install 'entropy_attn[demo]'")
 import harness
 
-from entropy_attn.diffusers import EntropyRecord
+from entropy_attn.diffusers import EntropyRecord, plots
 
 SIZES: tuple[Size, ...] = ((16, 16), (16, 24), (24, 24), (24, 36), (32, 32))
-RECORDED = 20  # images for the entropy, two of each digit
+RECORDED = 20  # images whose entropy is recorded: two of each digit
 BATCH = 50
-SHOWN = 10  # images of each size in the picture
+SHOWN = 10  # images of each size and scale in the picture
 WAYS = {"original, 1/√d": None, "λ = √(log$_T$ N / d)": {}}
 
 
 class Outcome(NamedTuple):
-    """One size with one scale: features (n, F), scores in per cent (n,), the first images, and entropies."""
+    """What one size and one scale give: features (n, F), scores in per cent (n,), the first images, and entropies."""
 
     features: torch.Tensor
     scores: torch.Tensor
@@ -57,15 +58,12 @@ def sample(subject: Subject, judge: GlyphJudge, size: Size, count: int, settings
 
 
 def mean_entropies(record: EntropyRecord) -> dict[int, float]:
-    """The mean entropy of the layers with each number of tokens, most tokens first."""
-    levels = defaultdict(list)
-    for row in record.table(by=("layer",)):
-        levels[row["tokens"]].append(row["entropy"])
-    return {N: sum(levels[N]) / len(levels[N]) for N in sorted(levels, reverse=True)}
+    """N -> the mean entropy of the layers with N tokens; largest N first."""
+    return dict(sorted(plots.mean_entropy(record.table(by=("layer",)), "tokens").items(), reverse=True))
 
 
 def verdict(low: float, high: float) -> str:
-    """What the 95 % interval of the change of the Frechet distance says; the images share their seeds."""
+    """What λ did, by the 95 % interval of the paired change of the Frechet distance."""
     word = "helped" if high < 0 else "hurt" if low > 0 else "no difference to be seen"
     return f"{word} ({low:+.1f} to {high:+.1f})"
 
@@ -100,7 +98,7 @@ def picture(outcomes: dict[Size, tuple[Outcome, Outcome]], trained: Size, path: 
 
 
 def draw_images(figure: Any, outcomes: dict, trained: Size) -> None:
-    """A row of images for each size and scale, all in the same proportion to the pixels."""
+    """A row of images for each size and scale. A pixel has the same size in all rows."""
     shown = [
         (size, way, outcome)
         for size, pair in outcomes.items()
@@ -117,40 +115,39 @@ def draw_images(figure: Any, outcomes: dict, trained: Size) -> None:
 
 
 def draw_fits(axes: Any, outcomes: dict) -> None:
-    """Mean entropy of the layers at each level of the UNet against ln N, with straight lines (Fig. 5)."""
-    tokens: list[int] = []
+    """Mean entropy of the layers at each level of the UNet against ln N, with fitted lines (Fig. 5)."""
+    groups = []
     for colour, (position, way) in zip(("tab:red", "tab:blue"), enumerate(WAYS), strict=True):
         means = [mean_entropies(pair[position].record) for pair in outcomes.values()]
-        for level, marker in zip(range(len(means[0])), "osD^", strict=False):
-            N, entropy = np.array([list(mean.items())[level] for mean in means]).T
-            line = fit(N, entropy)
-            label = f"{way}, level {level}: slope {line.slope:.3f}, R² {line.r_squared:.4f}"
-            axes.plot(N, entropy, marker, color=colour, label=label)
-            ends = np.array([N.min(), N.max()])
-            axes.plot(ends, line.slope * np.log(ends) + line.intercept, color=colour, linewidth=1)
-            tokens += N.astype(int).tolist()
-    harness.token_axis(axes, tokens)
+        for level, marker in zip(range(len(means[0])), plots.MARKERS, strict=False):
+            N, entropy = zip(*(list(mean.items())[level] for mean in means), strict=True)
+            look = {"color": colour, "marker": marker, "linewidth": 1}
+            groups.append(plots.Points(f"{way}, level {level}", N, entropy, look))
+    plots.plot_fits(axes, groups, figures.slope)
+    figures.label_tokens(axes, [N for group in groups for N in group.tokens])
     axes.set(xlabel="tokens N of a layer", ylabel="mean entropy (nats)", title="Entropy against ln N")
     axes.legend(frameon=False, fontsize=8)
 
 
 def draw_layers(axes: Any, outcomes: dict, trained: Size) -> None:
-    """Entropy of every layer at the trained size, the smallest and the largest, with both scales (Fig. 6)."""
+    """Entropy of each layer at the smallest size, the trained one and the largest, with both scales (Fig. 6)."""
     sizes = sorted(outcomes, key=lambda size: size[0] * size[1])
+    lines = []
     for colour, size in zip(("tab:green", "tab:gray", "tab:purple"), (sizes[0], trained, sizes[-1]), strict=True):
         for style, (position, way) in zip(("-", "--"), enumerate(WAYS), strict=True):
             if size == trained and position:
                 continue
-            rows = outcomes[size][position].record.table(by=("layer",))
             label = f"{size[0]} x {size[1]}, {'trained' if size == trained else way.split(',')[0].split(' ')[0]}"
-            axes.plot([row["entropy"] for row in rows], style, color=colour, marker="o", label=label)
+            entropy = [row["entropy"] for row in outcomes[size][position].record.table(by=("layer",))]
+            lines.append(plots.Line(label, entropy, {"color": colour, "linestyle": style, "marker": "o"}))
+    plots.plot_lines(axes, lines)
     axes.set(xlabel="self-attention layer, in order", ylabel="mean entropy (nats)", title="Entropy of every layer")
     axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=GLYPHS, help="folder of a glyph pipeline (default: our own)")
+    parser.add_argument("--model", type=Path, default=GLYPHS, help="folder of a glyph pipeline (default: glyphs/model)")
     parser.add_argument("--count", type=int, default=100, help="images of each size and scale (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
     arguments = parser.parse_args()
@@ -162,14 +159,14 @@ def main() -> None:
     print(
         f"Drawing {arguments.count} digits of each of {len(SIZES)} sizes with both scales: a minute or two", flush=True
     )
-    logging.disable_progress_bar()  # of loading, which takes no time
+    logging.disable_progress_bar()  # loading takes no time
     try:
         subject = glyphs(arguments.model)
     except ValueError as error:
         parser.error(f"--model: {error}")
     trained, judge = subject.train_size, GlyphJudge()
     outcomes = {}
-    for size in tqdm(SIZES, desc="sizes", leave=False, disable=None):  # only on a terminal
+    for size in tqdm(SIZES, desc="sizes", leave=False, disable=None):  # shown on a terminal only
         original = sample(subject, judge, size, arguments.count, None)
         at_trained = size == trained
         adapted = original if at_trained else sample(subject, judge, size, arguments.count, WAYS[list(WAYS)[1]])

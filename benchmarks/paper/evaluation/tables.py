@@ -1,4 +1,4 @@
-"""The rows of a run as Markdown."""
+"""The rows of a run as Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import harness
 
+from entropy_attn.diffusers import plots
 from evaluation import figures, published, rules
 from evaluation.judges import CLIP_SCORE, FID, Judge
 from evaluation.run import CHOSEN, COST, MULTIDIFFUSION, key_of
@@ -26,7 +27,7 @@ def interval(row: Row | None, digits: int) -> str:
 
 
 def change(row: Row | None, digits: int) -> str:
-    """A paired change with its interval, in bold where the interval leaves 0 out."""
+    """A paired change with its interval, in bold if the interval does not contain 0."""
     if row is None or "change" not in row:
         return ""
     low, high = row["change_interval"]
@@ -35,12 +36,12 @@ def change(row: Row | None, digits: int) -> str:
 
 
 def kinds_of(judge: Judge) -> dict[str, tuple[str, int]]:
-    """The figures of merit: name, and how many digits are told. Rates in per cent to a tenth, CLIP scores to four."""
+    """Kind of metric -> its name and its number of decimals: 1 for distances and percentages, 4 for CLIP scores."""
     return {FID: (judge.distance_name, 1), CLIP_SCORE: (judge.score_name, 1 if "%" in judge.score_name else 4)}
 
 
 def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[Size, str]]) -> str:
-    """Tables 1 and 2: a line for each of the cells (size, rule), with all that was measured of them."""
+    """Tables 1 and 2: a line for each cell (size, rule), with its metrics and their changes."""
     found = {key_of(row): row for row in rows}
     kinds = {kind: told for kind, told in kinds_of(judge).items() if any(row["kind"] == kind for row in rows)}
     header = ["width x height", "scale"]
@@ -64,7 +65,7 @@ def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[S
 
 
 def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
-    """Tables 4 and 5: quality, time and memory of the ways to an image of a size."""
+    """Tables 4 and 5: distance, time and memory of the ways to draw an image of a size."""
     header = ["width x height", "way", judge.distance_name, "seconds an image", "peak memory (MiB)"]
     header += ["the paper's FID, MiB, s (A100)"] if subject.family == "sd" else []
     known = published.COST if kind == COST else published.MULTIDIFFUSION
@@ -83,27 +84,24 @@ def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
 
 
 def entropies(rows: list[Row]) -> str:
-    """Mean entropy of the layers at each number of tokens."""
+    """The mean entropy of the layers of each T, by size and scale."""
     lines = []
     for size in dict.fromkeys((row["width"], row["height"]) for row in rows):
         for rule in dict.fromkeys(row["rule"] for row in rows):
             of = [row for row in rows if (row["width"], row["height"], row["rule"]) == (*size, rule)]
-            by_train: dict[int, list[Row]] = {}
-            for row in of:
-                by_train.setdefault(row["train_tokens"], []).append(row)
-            for T, level in sorted(by_train.items(), reverse=True):
-                mean = sum(row["entropy"] for row in level) / len(level)
-                lines.append([text_of(size), rule, str(T), str(level[0]["tokens"]), f"{mean:.3f}"])
+            tokens = {row["train_tokens"]: row["tokens"] for row in of}
+            for T, mean in sorted(plots.mean_entropy(of, "train_tokens").items(), reverse=True):
+                lines.append([text_of(size), rule, str(T), str(tokens[T]), f"{mean:.3f}"])
     return harness.markdown(["width x height", "scale", "T", "N", "mean entropy (nats)"], lines)
 
 
 def fits(rows: list[Row]) -> str:
-    """Fig. 5 as numbers: mean entropy against ln N for each level and scale."""
+    """The fitted lines of Fig. 5: mean entropy against ln N, for each T and scale."""
     lines = [
         [rule, str(T), f"{line.slope:.3f}", f"{line.intercept:.3f}", f"{line.r_squared:.4f}"]
         for rule in dict.fromkeys(row["rule"] for row in rows)
-        for T, (N, entropy) in figures.by_level(rows, rule).items() if len(N) > 1
-        for line in [figures.fit(N, entropy)]
+        for T, level in figures.by_level(rows, rule).items()
+        if (line := plots.fit_line(list(level), list(level.values())))
     ]  # fmt: skip
     return harness.markdown(["scale", "T", "slope", "intercept (nats)", "R²"], lines)
 

@@ -1,13 +1,13 @@
-"""The paper's tables and figures on a model: does λ help, where, and by how much.
+"""The paper's tables and figures, measured on a model: at which sizes λ helps, and how much.
 
-    python benchmarks/paper.py --model glyphs
-    python benchmarks/paper.py --model sd21 --references coco/ --num 2000 --device cuda
+    python benchmarks/paper/paper.py --model glyphs
+    python benchmarks/paper/paper.py --model sd21 --references coco/ --num 2000 --device cuda
 
-Every image is kept, so an interrupted run goes on where it was. Image number n comes from seed n with every scale. The
-first half of the images chooses among the exponents, and all figures are of the second half. Intervals are of 95 %, by
-bootstrap over the images; a change is paired, image by image, with the original scale. At the trained size, if it is
-among the sizes, multiples of the scale are the control. For the embedded pipeline "fid" is the Frechet distance of our
-own recogniser's features, and "clip" the share of digits that it reads.
+Every image is kept, so the same command continues an interrupted run. Image number n has seed n with every scale. The
+first half of the images chooses the exponent; all results are from the second half. Intervals are 95 % bootstrap
+intervals over the images. A change is paired: each image is compared with the one of the original scale and the same
+seed. At the trained size, if it is among the sizes, multiples of the scale are the control. For the embedded pipeline
+"fid" is the Frechet distance between features of its recogniser, and "clip" is the share of digits that it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is imported
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where harness.py is
 
 import harness
 import torch
@@ -37,7 +40,7 @@ TEXT_ONLY = ("prompts", "references", "clip", "inception", "train_size")
 
 
 def wanted(subject: Subject, what: list[str]) -> list[str]:
-    """What is to be done. Raises ValueError for MultiDiffusion where the model has none, unless all was asked for."""
+    """The kinds of results to measure. Raises ValueError if MultiDiffusion is named and the model has none."""
     chosen = list(WHAT) if "all" in what else what
     if MULTIDIFFUSION in chosen:
         try:
@@ -59,11 +62,11 @@ def parse_size(text: str) -> Size:
 
 
 def open_model(arguments: argparse.Namespace) -> tuple[Subject, Judge]:
-    """Raises ValueError for a model or prompts that cannot be."""
+    """The model and its judge. Raises ValueError if the model cannot be loaded or the prompts cannot be read."""
     device, dtype = arguments.device, harness.DTYPES[arguments.dtype]
     options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
     if arguments.model == "glyphs":
-        given = {name: x for name, x in options.items() if x is not None}  # the pipeline has its own defaults
+        given = {name: x for name, x in options.items() if x is not None}  # else the pipeline's own defaults
         return glyphs(arguments.folder or GLYPHS, device, dtype, **given), GlyphJudge()
     for name, default in (("num_inference_steps", 50), ("guidance_scale", 7.5)):
         options[name] = default if options[name] is None else options[name]
@@ -73,7 +76,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Subject, Judge]:
 
 
 def open_run(arguments: argparse.Namespace) -> Run:
-    """Raises ValueError for a model, prompts or sizes that cannot be, or a folder with images of other settings."""
+    """The run. Raises as `open_model`, and for sizes that the model cannot draw, or a folder of other settings."""
     subject, judge = open_model(arguments)
     subject.check_sizes(arguments.sizes or subject.sizes)
     name = Path(subject.name).resolve().name if Path(subject.name).is_dir() else subject.name.replace("/", "-")
@@ -93,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--scales", nargs="+", choices=rules.RULES, default=rules.RULES,
-        help="beside the original (default: all; the exponent is chosen where all of them are there)",
+        help="scales to compare with the original (default: all; with all of them the exponent is chosen)",
     )  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=parse_size, help="WIDTHxHEIGHT (default: the model's)")
     parser.add_argument("--num", type=int, default=400, help="images of each size and scale (default: %(default)s)")
@@ -104,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/paper"), help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, help="of the glyph pipeline (default: our own)")
+    parser.add_argument("--folder", type=Path, help="folder of the glyph pipeline (default: the embedded one)")
     text = parser.add_argument_group("text-to-image models", "A dataset is written datasets:NAME:SPLIT:COLUMN.")
     text.add_argument("--prompts", help="a file with a prompt in each line, a folder of such, or a dataset")
     text.add_argument("--references", help="the images that FID compares with: a folder or a dataset")

@@ -1,4 +1,4 @@
-"""The rows of a run that is gone on with: a JSON line each, appended as soon as it is there."""
+"""The rows of results of a run that can be continued: a JSON line for each, appended as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import harness
 
 
 class Rows(harness.Record):
-    """A file whose first line says where, with what and of what the rows are, `about`; a row is a line.
+    """A file with a row of results in each line. Its first line describes the machine, the versions and `about`.
 
-    Rows of an earlier run about the same are kept.
+    The rows of an earlier run with the same `about` are kept.
     """
 
     def __init__(self, path: Path, device: str | None = None, **about: Any) -> None:
@@ -25,7 +25,7 @@ class Rows(harness.Record):
         else:
             self.rows = kept[1:]
         lines = [self.machine, *self.rows]
-        # Written anew, since the last line may be torn.
+        # The file is rewritten: an interruption may have left its last line incomplete.
         harness.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, *rows: dict[str, Any]) -> None:
@@ -35,6 +35,6 @@ class Rows(harness.Record):
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines but one that an interruption tore."""
+    """All lines, without a last line that an interruption left incomplete."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""A run of one model: its images, rows, and what is measured of them, kept in a folder."""
+"""A run of one model: its images and its rows of results, in a folder that a later run continues."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from evaluation.subjects import Size, Subject
 
 COST, MULTIDIFFUSION, ENTROPY, CHOSEN = "cost", "multidiffusion", "entropy", "chosen"
 WHAT = (FID, CLIP_SCORE, COST, MULTIDIFFUSION, ENTROPY)
-RECORDED = 20  # images for entropies and for the calibration
-ROUNDS = 5  # of timing
+RECORDED = 20  # images whose entropies are recorded, also for the calibration
+ROUNDS = 5  # of timing one image
 
 Row = dict[str, Any]
 Cell = tuple[str, Size, str]  # kind, size, rule
 
 
 class Run:
-    """One model's run in its folder: images, rows, and what is measured of them. Image numbers begin at `seed`."""
+    """One model's run in its folder. A cell of the tables is a size and a rule. Image numbers begin at `seed`."""
 
     def __init__(self, subject: Subject, judge: Judge, num: int, batch: int, out: Path, seed: int = 0) -> None:
         self.subject, self.judge, self.batch, self.out = subject, judge, batch, out
@@ -37,12 +37,12 @@ class Run:
         self.first_half, self.second_half = slice(num // 2), slice(num // 2, None)
 
     def check_settings(self, **settings: Any) -> None:
-        """What is in the folder was made with these settings and weights, or there is nothing yet.
+        """Check that the images in the folder were made with these settings and weights, or that there are none.
 
         Raises:
-            ValueError: it was made with others.
+            ValueError: they were made with others.
         """
-        now = json.loads(json.dumps(settings | {"weights": self.subject.fingerprint()}))  # as a file gives it back
+        now = json.loads(json.dumps(settings | {"weights": self.subject.fingerprint()}))  # as read from a file
         path = self.out / "settings.json"
         if not path.exists():
             harness.write_whole(path, json.dumps(now, indent=1) + "\n")
@@ -56,7 +56,7 @@ class Run:
 
     @functools.cached_property
     def calibration(self) -> Any:
-        """Measured once, kept in a file."""
+        """The calibration of the model: read from the folder, or measured and written there."""
         path = self.out / "calibration.json"
         if path.exists():
             return Calibration.load(path, self.subject.pipe)
@@ -70,7 +70,7 @@ class Run:
         return rules.options_of(rule, self.calibration if needed else None)
 
     def way(self, size: Size, rule: str) -> cost.Way:
-        """How images of a cell are drawn."""
+        """The function that draws images of a cell."""
         if rule == rules.RESIZED:
             return lambda numbers: self.subject.draw_resized(size, numbers)
         subject, settings = self.subject, None
@@ -78,16 +78,16 @@ class Run:
             subject = self.subject.with_multidiffusion()
         else:
             settings = self.settings(rule)
-        if rule in (rules.MULTIDIFFUSION, rules.MATCHED):  # one by one: matching follows the mean of its batch
+        if rule in (rules.MULTIDIFFUSION, rules.MATCHED):  # one by one: matching follows the mean entropy of its batch
             return lambda numbers: torch.cat([subject.draw(size, [number], settings) for number in numbers])
         return lambda numbers: subject.draw(size, numbers, settings)
 
     def folder(self, size: Size, rule: str) -> ImageFolder:
-        """Of a cell's images."""
+        """The folder of a cell's images."""
         return ImageFolder(self.out / f"{size[0]}x{size[1]}" / rule.replace(" ", "-"))
 
     def images(self, size: Size, rule: str, progress: tqdm) -> torch.Tensor:
-        """All of a cell, which are generated as far as they are missing."""
+        """All images of a cell. Those that are not in the folder are generated."""
         folder = self.folder(size, rule)
         if folder.missing(self.numbers):
             progress.set_postfix_str(f"{size[0]}x{size[1]} {rule}")
@@ -104,13 +104,13 @@ class Run:
 
     @functools.cache  # noqa: B019
     def costs(self, size: Size, kind: str) -> dict[str, Row]:
-        """Time and memory of the original scale, the paper's and what they are compared with."""
+        """Time and memory with the original scale, with the paper's, and of resizing or MultiDiffusion."""
         other = rules.RESIZED if kind == COST else rules.MULTIDIFFUSION
         ways = {rule: self.way(size, rule) for rule in (rules.ORIGINAL, rules.PAPER, other)}
         return cost.measure(ways, ROUNDS, self.subject.pipe.device.type)
 
     def judged(self, kind: str, size: Size, rule: str, progress: tqdm) -> Row:
-        """Distance or score of a cell's images, of the second half of them."""
+        """The row of a cell's distance or score, from the second half of its images."""
         row = row_of(kind, size, rule)
         measured = self.features if kind == FID else self.scores
         ours, original = (measured(size, each, progress)[self.second_half] for each in (rule, rules.ORIGINAL))
@@ -120,12 +120,12 @@ class Run:
         return row | score_row(ours, paired)
 
     def measured(self, kind: str, size: Size, rule: str) -> Row:
-        """A cell's time and memory, or entropies."""
+        """The row of a cell's time and memory, or of its entropies."""
         row = row_of(kind, size, rule)
         return row | ({"places": self.entropies(size, rule)} if kind == ENTROPY else self.costs(size, kind)[rule])
 
     def entropies(self, size: Size, rule: str) -> list[Row]:
-        """Mean entropy of every layer and step."""
+        """A row with the mean entropy for every layer and step."""
         record = self.subject.entropies(size, range(RECORDED), self.settings(rule), self.batch)
         names = ("layer", "step", "tokens", "train_tokens", "entropy")
         return [{name: row[name] for name in names} for row in record.table(by=("layer", "step"))]
@@ -140,10 +140,10 @@ class Run:
 
 
 def cells(subject: Subject, sizes: list[Size], what: Collection[str], scales: Collection[str]) -> Iterator[Cell]:
-    """All cells of what is asked for, in the order in which they are done; `scales` are among rules.RULES.
+    """All cells to measure, in the order of the work. `what` is among WHAT, `scales` among rules.RULES.
 
-    At the trained size, where the rules are the same, the control takes their place. Time and memory go with the
-    distances of the ways that are compared.
+    At the trained size all rules give the original scale, so the multiples of the control are measured instead. The
+    tables of time and memory also need the distances of the ways that they compare.
     """
     for size in sizes:
         compared = {kind: way for kind, way in ways_beside(subject, size).items() if kind in what}
@@ -160,7 +160,7 @@ def cells(subject: Subject, sizes: list[Size], what: Collection[str], scales: Co
 
 
 def ways_beside(subject: Subject, size: Size) -> dict[str, str]:
-    """What a scale is compared with at a size: resizing where it is smaller than the trained one (Table 4)."""
+    """Kind of table -> the way that the scales are compared with; resizing only below the trained size (Table 4)."""
     if size == subject.train_size:
         return {}
     smaller = size[0] * size[1] < subject.train_size[0] * subject.train_size[1]
@@ -176,11 +176,11 @@ def key_of(row: Row) -> Cell:
 
 
 def work(run: Run, sizes: list[Size], what: Collection[str], scales: Collection[str], rows: Rows) -> None:
-    """Do what is asked for and not among the rows yet; a row is written as soon as it is there."""
+    """Measure the cells that have no row yet. A row is written as soon as it is measured."""
     done = {key_of(row) for row in rows.rows}
     planned = [cell for cell in cells(run.subject, sizes, what, scales) if cell not in done]
     judged = [cell for cell in planned if cell[0] in (FID, CLIP_SCORE)]
-    run.judge.prepare({kind for kind, _, _ in judged})  # what is wrong with it is said before any image is drawn
+    run.judge.prepare({kind for kind, _, _ in judged})  # so that an error comes before any image is drawn
     images = sum(len(run.folder(*cell).missing(run.numbers)) for cell in {cell[1:] for cell in judged})
     with tqdm(total=images, desc="images", unit="image") as progress:
         for cell in judged:

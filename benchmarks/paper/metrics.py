@@ -1,4 +1,4 @@
-"""Figures of merit of generated images: distances between sets of features, and intervals of what was measured."""
+"""Metrics of generated images: Frechet distance between sets of features, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 
 
 class Reference:
-    """Reference features (n, F), for Frechet distances to the normal distribution with their mean and covariance.
+    """The normal distribution with mean and covariance of reference features (n, F), to which distances are measured.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), by Dowson and Landau (1982); in float64.
+    The Frechet distance is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Dowson and Landau, 1982). It is in float64.
     """
 
     def __init__(self, features: torch.Tensor) -> None:
         features = _checked("reference", features)
         self.mean = features.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(features.T))
-        values = values.clamp(min=0)  # negative by rounding only
+        values = values.clamp(min=0)  # negative values are rounding errors
         self.trace = values.sum()
         self.root = vectors * values.sqrt() @ vectors.T
 
     def distances(self, features: torch.Tensor) -> Callable[[torch.Tensor], float]:
-        """The distance of the samples that are chosen among `features` (n, F), by their indices."""
+        """A function from indices into `features` (n, F) to the distance of the samples with these indices."""
         features = _checked("features", features)
         projected = features @ self.root
 
         def distance(chosen: torch.Tensor) -> float:
             x, y = features[chosen], projected[chosen]
             y = (y - y.mean(0)) / (len(chosen) - 1) ** 0.5
-            # The eigenvalues of C1 C2 are those of y.T y, and but for zeros those of y y.T: of the two the smaller.
+            # C1 C2 has the eigenvalues of y.T y. Those of y y.T are the same but for zeros: the smaller matrix serves.
             gram = y @ y.T if y.shape[0] < y.shape[1] else y.T @ y
             root = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
             between = (x.mean(0) - self.mean).square().sum()
@@ -58,11 +58,12 @@ def bootstrap(
     level: float = 0.95,
     biased: bool = False,
 ) -> list:
-    """Percentile interval [low, high] of a statistic of `count` samples: it is given indices, drawn with repetition.
+    """Percentile bootstrap interval [low, high] of a statistic of `count` samples.
 
-    Of a statistic of several values, the intervals of each. Repeated samples bias a Frechet distance upwards: with
-    `biased` the interval is moved by as much as the resamples' mean is off the statistic of all samples. For the
-    difference of two ways with the same seeds, take the difference within the statistic: that is paired.
+    `statistic` is called with indices that are drawn with replacement. If it returns several values, the result is a
+    list of their intervals. Repeated samples bias a Frechet distance upwards. With `biased`, the interval is shifted by
+    the difference between the statistic of all samples and the mean of the resamples. A paired difference of two
+    methods with the same seeds is a statistic that takes the difference itself.
     """
     generator = torch.Generator().manual_seed(seed)
     values = np.array([statistic(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)])

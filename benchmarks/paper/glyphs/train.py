@@ -1,8 +1,8 @@
-"""Train the glyph pipeline: `python benchmarks/glyphs/train.py`, which goes on where it was interrupted.
+"""Trains the embedded pipeline: `python benchmarks/paper/glyphs/train.py`. The same command continues a training.
 
-v-prediction at one image size. Every step draws its images, times and noise from a seed of its own, so that a training
-that was interrupted ends at the same weights as one that was not (with the same number of processes). The network that
-judges its images is trained by recogniser.py.
+The objective is v-prediction at one image size. Every step has its own seed for images, times and noise. So an
+interrupted training ends at the same weights as an uninterrupted one with the same number of processes. The network
+that judges the images is trained by recogniser.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read when torch is imported
 
 import torch
 import torch.distributed
@@ -32,14 +32,14 @@ if __name__ == "__main__":
 from glyphs import data, designs
 from glyphs.pipeline import GlyphPipeline, LabelEmbedder, denoise
 
-NO_LABEL = 0.1  # share of the images trained without their label, for classifier-free guidance
+NO_LABEL = 0.1  # share of the images that are trained without a label, for classifier-free guidance
 WARM_UP = 100  # steps
 SAVED_EVERY = 200  # steps
 NOISE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 
 
 class Denoiser(torch.nn.Module):
-    """What is trained: the denoiser with the embedder of its labels."""
+    """The trained module: the denoiser and the embedder of its labels."""
 
     def __init__(self, design: str):
         super().__init__()
@@ -51,20 +51,20 @@ class Denoiser(torch.nn.Module):
 
 
 def images_for(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of the training, (count, 1, S, S) uint8, and their labels (count,)."""
+    """The training images, (count, 1, S, S) uint8, and their labels (count,)."""
     labels = torch.arange(count) % len(data.CLASSES)
     images = data.render(labels, designs.SIZE, designs.SIZE, torch.Generator().manual_seed(seed))
     return (images * 255).round().byte(), labels
 
 
 def batch_of(images, labels, size: int, seed: int, scheduler) -> dict[str, torch.Tensor]:
-    """The inputs and the target of one step in one process."""
+    """The inputs and the target of one training step in one process, `size` images."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(images), (size,), generator=generator)
     clean = images[chosen].float() / 127.5 - 1
     given = labels[chosen].clone()
     given[torch.rand(size, generator=generator) < NO_LABEL] = len(data.CLASSES)
-    # One time of each of `size` equal spans.
+    # Stratified: one time from each of `size` equal spans.
     spans = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)
     timesteps = (spans / size * scheduler.config.num_train_timesteps).long()
     noise = torch.randn(clean.shape, generator=generator)
@@ -77,13 +77,13 @@ def batch_of(images, labels, size: int, seed: int, scheduler) -> dict[str, torch
 
 
 def rate_at(step: int, steps: int, highest: float) -> float:
-    """A short rise, a fifth held, and half a cosine down to nearly nothing."""
+    """The learning rate: linear warm-up, constant up to a fifth of the steps, then half a cosine down to 2 %."""
     fallen = max(0.0, step / steps - 0.2) / 0.8
     return highest * min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
 def parameter_groups(model: Denoiser) -> list[dict[str, Any]]:
-    """Weight decay for matrices, but for the queries and keys of self-attention: it would flatten the attention."""
+    """Weight decay for matrices. Queries and keys of self-attention have none: it would make the attention flatter."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         sharp = "attn1.to_q" in name or "attn1.to_k" in name
@@ -92,7 +92,7 @@ def parameter_groups(model: Denoiser) -> list[dict[str, Any]]:
 
 
 def steps_of(arguments: argparse.Namespace, rank: int) -> Iterator[tuple[int, float]]:
-    """Train; yields the step that was done and its loss. Rank 0 writes checkpoints and, at the end, the pipeline."""
+    """Train. Yields each finished step and its loss. Rank 0 writes checkpoints and, at the end, the pipeline."""
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)
     model = Denoiser(arguments.design)
@@ -127,7 +127,7 @@ def steps_of(arguments: argparse.Namespace, rank: int) -> Iterator[tuple[int, fl
 
 
 def average_gradients(parameters: list[torch.nn.Parameter], loss: torch.Tensor) -> float:
-    """Give every process the mean of all gradients; returns that of the losses."""
+    """Replace the gradients by their mean over all processes; returns the mean of the losses."""
     gradients = torch.cat([parameter.grad.flatten() for parameter in parameters] + [loss.detach()[None]])
     torch.distributed.all_reduce(gradients)
     gradients /= torch.distributed.get_world_size()
@@ -138,7 +138,7 @@ def average_gradients(parameters: list[torch.nn.Parameter], loss: torch.Tensor) 
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What has to be the same when a training goes on."""
+    """The settings that must be the same when a training is continued."""
     return {name: x for name, x in vars(arguments).items() if name != "out"}
 
 
@@ -148,11 +148,11 @@ def save_checkpoint(arguments, model, average, optimiser, step: int) -> None:
     state |= {"average": average.state_dict(), "optimiser": optimiser.state_dict()}
     path = arguments.out / "checkpoint.pt"
     torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)  # whole, whenever it is interrupted
+    path.with_suffix(".part").replace(path)  # atomic: an interruption leaves the old file
 
 
 def check_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The checkpoint that is there, or None. Raises ValueError where it is of a training with other settings."""
+    """The checkpoint, or None if there is none. Raises ValueError if it is of a training with other settings."""
     path = arguments.out / "checkpoint.pt"
     if not path.exists():
         return None
@@ -163,7 +163,7 @@ def check_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def load_checkpoint(arguments, model, average, optimiser) -> int:
-    """How many steps are done already, with everything as it was after them."""
+    """Restore the state of the checkpoint; returns the number of steps that are done, 0 without a checkpoint."""
     state = check_settings(arguments)
     if state is None:
         return 0
@@ -174,7 +174,7 @@ def load_checkpoint(arguments, model, average, optimiser) -> int:
 
 
 def save_pipeline(average: Denoiser, out: Path) -> None:
-    """The pipeline as Diffusers saves it, in half precision, which the digits do not show."""
+    """Save the pipeline in half precision, which makes no visible difference to the digits."""
     scheduler = DPMSolverMultistepScheduler(**NOISE, thresholding=True, sample_max_value=1.0)
     GlyphPipeline(average.unet.half(), average.embedder.half(), scheduler).save_pretrained(out)
 
@@ -196,11 +196,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--design", choices=designs.DESIGNS, default="levels", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=5000, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=48, help="images a step (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=40000, help="that are drawn for the training")
+    parser.add_argument("--batch", type=int, default=48, help="images per step (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=40000, help="number of training images (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/glyphs"), help="default: %(default)s")
     arguments = parser.parse_args()
     for name in ("steps", "batch", "images", "processes"):

@@ -1,4 +1,4 @@
-"""Time and memory of the ways to an image of a size (Tables 4 and 5)."""
+"""Time and memory of several ways to draw an image of a given size (Tables 4 and 5)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import harness
 import torch
 
-Way = Callable[[list[int]], torch.Tensor]  # images of some numbers
+Way = Callable[[list[int]], torch.Tensor]  # from image numbers to images
 
 
 def measure(ways: dict[str, Way], rounds: int, device: str) -> dict[str, dict[str, Any]]:
-    """Of each way: seconds an image, the median of interleaved rounds of one image, and peak memory in MiB."""
+    """For each way: seconds per image, as the median of interleaved rounds of one image, and peak memory in MiB."""
     calls = {name: (lambda way=way: way([0])) for name, way in ways.items()}
     times = harness.interleaved(calls, rounds, device, repetitions=1)
     return {

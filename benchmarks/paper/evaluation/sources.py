@@ -26,12 +26,12 @@ PROMPTS = (
 
 
 def read_prompts(source: str | None) -> list[str]:
-    """Prompts from a text file with one in each line, from all text files of a folder, from a dataset, or our own.
+    """Prompts from a text file with one in each line, from all text files of a folder, or from a dataset.
 
-    A dataset's column has strings, or lists of strings of which the first is taken.
+    Without a source they are PROMPTS. A dataset's column has strings, or lists of strings, of which the first is taken.
 
     Raises:
-        ValueError: there is no such source, or no prompt in it.
+        ValueError: the source does not exist, or has no prompt.
     """
     if source is None:
         return list(PROMPTS)
@@ -52,10 +52,10 @@ def read_prompts(source: str | None) -> list[str]:
 
 
 def open_images(source: str) -> Sequence[Callable[[], torch.Tensor]]:
-    """Calls that read one image each, (C, H, W) in [0, 1], from the images of a folder or from a dataset.
+    """Functions that read one image (C, H, W) in [0, 1] each, from a folder of images or from a dataset.
 
     Raises:
-        ValueError: there are not at least two; a call, that its image cannot be read.
+        ValueError: there are fewer than two images. A function raises ValueError if its image cannot be read.
     """
     if source.startswith(DATASET):
         column = _column("--references", source)
@@ -70,7 +70,7 @@ def open_images(source: str) -> Sequence[Callable[[], torch.Tensor]]:
 
 
 def _column(option: str, source: str) -> Any:
-    """The column of a dataset, whose rows are read when they are asked for."""
+    """The column of a dataset. Its rows are read on access."""
     parts = re.fullmatch(r"datasets:(.+):([^:\[\]]+(?:\[.*\])?):([^:]+)", source)  # a split may be sliced: train[:100]
     if parts is None:
         raise ValueError(f"{option}: got {source}, a dataset is written datasets:NAME:SPLIT:COLUMN")
@@ -81,7 +81,7 @@ def _column(option: str, source: str) -> Any:
         raise ValueError(f"{option}: {source} needs datasets: pip install 'entropy_attn[paper]'") from error
     try:
         rows = load_dataset(name, split=split)
-    except Exception as error:  # of many kinds, its own and those of the hub
+    except Exception as error:  # exceptions of datasets and of the hub are of many classes
         raise ValueError(f"{option}: {source} cannot be loaded: {str(error).splitlines()[0]}") from error
     if column not in rows.column_names:
         raise ValueError(f"{option}: {source} has the columns {', '.join(rows.column_names)}, not {column}")

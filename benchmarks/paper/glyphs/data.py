@@ -16,23 +16,24 @@ FACES = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
     "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
 )  # fmt: skip
-HEIGHTS = (0.45, 0.9)  # of a digit, as a share of the shorter side of its image
-DIGIT = 0.73  # height of a digit over the font's size
-FINER = 4  # drawn so many times larger, then averaged
+HEIGHTS = (0.45, 0.9)  # smallest and largest height of a digit, as a share of the shorter side of its image
+DIGIT = 0.73  # height of a digit / size of its font
+FINER = 4  # digits are drawn this many times larger, then averaged down
 
 
 def digits(numbers: Iterable[int]) -> list[int]:
-    """What the images of these numbers show: the digits in turn."""
+    """The digits in the images of these numbers: 0 to 9 in turn."""
     return [number % len(CLASSES) for number in numbers]
 
 
 def render(labels: torch.Tensor | list[int], height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """Images (B, 1, height, width) in [0, 1], float32: a white digit on black, one for each label (B,).
 
-    Face, height and position are drawn at random, the same shares of the image at every size.
+    Font, height and position are random. Height and position are relative to the image, so their distribution is the
+    same at every size.
 
     Raises:
-        ValueError: a label that is none of CLASSES, or a side of less than 8 pixels.
+        ValueError: a label is not a class, or a side has fewer than 8 pixels.
     """
     return render_with_faces(labels, height, width, generator)[0]
 
@@ -40,7 +41,7 @@ def render(labels: torch.Tensor | list[int], height: int, width: int, generator:
 def render_with_faces(
     labels: torch.Tensor | list[int], height: int, width: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`render`, and which of FACES each was drawn in, (B,) int64."""
+    """As `render`, and the index in FACES of each image's font, (B,) int64."""
     if min(height, width) < 8:
         raise ValueError(f"height and width must be at least 8, got {height} and {width}")
     labels = torch.as_tensor(labels).tolist()
@@ -56,7 +57,7 @@ def _draw(character: str, height: int, width: int, face: float, size: float, x: 
     font = _font(FACES[int(face * len(FACES))], round(tall / DIGIT))
     image = Image.new("L", (width * FINER, height * FINER))
     left, top, right, bottom = font.getbbox(character)
-    # Inside the image always; of the room that is left, the middle half.
+    # The digit is inside the image; its position varies over the middle half of the free space.
     across = (image.width - (right - left)) * (0.25 + 0.5 * x)
     down = (image.height - (bottom - top)) * (0.25 + 0.5 * y)
     ImageDraw.Draw(image).text((across - left, down - top), character, fill=255, font=font)

@@ -1,8 +1,9 @@
-"""A small convolutional network that reads glyphs: its label judges a sample, its features make a Frechet distance.
+"""A small convolutional network that reads digits. It judges the images of the embedded pipeline.
 
-The distance is between features of this network and has nothing to do with those of Inception.
+Its label says whether an image is read right. Its features make the Frechet distance, which is therefore not comparable
+with distances between Inception features (FID).
 
-python benchmarks/glyphs/recogniser.py trains it, in about three minutes on one core.
+`python benchmarks/paper/glyphs/recogniser.py` trains it, in about three minutes on one core.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if __name__ == "__main__":
 from glyphs import data
 
 WEIGHTS = Path(__file__).parent / "recogniser.safetensors"
-SIZE = 32  # what images are resized to, squashed if they are not square
+SIZE = 32  # images are resized to this width and height, whatever their aspect ratio
 FEATURES = 64
 TRAIN_SIZES = ((12, 12), (16, 16), (20, 20), (24, 24), (28, 28), (32, 32), (36, 36), (48, 48),
                (24, 16), (16, 24), (36, 24), (24, 36), (48, 24), (24, 48))  # fmt: skip
@@ -44,7 +45,7 @@ class Recogniser(nn.Module):
             self.layers.append(nn.ReLU())
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * (SIZE // 8) ** 2, FEATURES), nn.ReLU())
         self.labels = nn.Linear(FEATURES, len(data.CLASSES))
-        # What else an image differs in, so that the features tell it: only training looks at them.
+        # Used in training only: they make the features depend on font, position and size of the digit too.
         self.faces = nn.Linear(FEATURES, len(data.FACES))
         self.extents = nn.Linear(FEATURES, 4)
 
@@ -58,9 +59,9 @@ def resize(images: torch.Tensor) -> torch.Tensor:
 
 
 def load(path: Path = WEIGHTS) -> Recogniser:
-    """The trained recogniser. Raises FileNotFoundError where its weights are missing."""
+    """The trained recogniser. Raises FileNotFoundError if its weights are missing."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `python benchmarks/glyphs/recogniser.py`")
+        raise FileNotFoundError(f"{path} is missing: run `python benchmarks/paper/glyphs/recogniser.py`")
     recogniser = Recogniser()
     recogniser.load_state_dict(load_file(path))
     return recogniser.eval()
@@ -74,7 +75,7 @@ def recognise(recogniser: Recogniser, images: torch.Tensor, batch: int = 250) ->
 
 
 def extents(images: torch.Tensor) -> torch.Tensor:
-    """Centre and spread of the light of every image along both axes, (B, 4), in shares of the image."""
+    """Mean and standard deviation of the light along both axes of every image, (B, 4), as shares of its sides."""
     light = images[:, 0] / images.sum((1, 2, 3))[:, None, None].clamp(min=1e-6)
     columns = []
     for axis in (1, 2):
@@ -86,7 +87,7 @@ def extents(images: torch.Tensor) -> torch.Tensor:
 
 
 def examples(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images of all the sizes, resized; labels; faces."""
+    """Training images of all TRAIN_SIZES, resized (uint8), their labels, and their fonts."""
     images, labels, faces = [], [], []
     for height, width in tqdm(TRAIN_SIZES, desc="images"):
         label = torch.randint(len(data.CLASSES), (count,), generator=generator)
@@ -126,7 +127,7 @@ def train(count: int, epochs: int, batch: int, seed: int) -> Recogniser:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=4000, help="of each size (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=4000, help="training images of each size (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""Generated images in a folder, one file each: what is there already is not generated again."""
+"""Generated images in a folder, one file each. An image whose file exists is not generated again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 
 class ImageFolder:
-    """Images by number. A file is there whole or not at all, whenever a run is interrupted."""
+    """Images by number. Files are written atomically: after an interruption there are only whole ones."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class ImageFolder:
         return [number for number in numbers if not self.file(number).exists()]
 
     def save(self, number: int, image: torch.Tensor) -> None:
-        """An image (C, H, W) in [0, 1], C of 1 or 3."""
+        """Write an image (C, H, W) in [0, 1]; C is 1 or 3."""
         self.path.mkdir(parents=True, exist_ok=True)
         pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()
         part = self.file(number).with_suffix(".part")
@@ -37,7 +37,7 @@ class ImageFolder:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """An image (C, H, W) in [0, 1], float32. Raises ValueError where the file holds none."""
+    """An image (C, H, W) in [0, 1], float32. Raises ValueError if the file cannot be read as an image."""
     try:
         with Image.open(path) as image:
             return pixels_of(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB")))
@@ -57,9 +57,10 @@ def generate(
     batch: int,
     progress: Callable[[int], object],
 ) -> None:
-    """Fill a folder with the images of these numbers, as far as they are missing, `batch` at a time.
+    """Generate the images of these numbers that the folder does not have, `batch` at a time.
 
-    `draw` gives those of a few numbers, (n, C, H, W) in [0, 1]; `progress` is told how many were finished.
+    `draw` takes image numbers and returns images (n, C, H, W) in [0, 1]. `progress` is called with the number of images
+    after each batch.
     """
     missing = folder.missing(numbers)
     for start in range(0, len(missing), batch):

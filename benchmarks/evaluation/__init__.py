@@ -1,1 +1,0 @@
-"""What paper.py is made of: models under test, scales to compare, images kept on disk, and their judges."""

@@ -1,1 +1,0 @@
-"""A small class-conditional diffusion pipeline that draws digits, trained here at one size, to be sampled at others."""

@@ -1,0 +1,1 @@
+"""The parts of paper.py: models under test, scales to compare, images on disk, their judges, tables and figures."""
