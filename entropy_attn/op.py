@@ -1,6 +1,7 @@
-"""``torch.ops.entropy_attn.attention``: one opaque operator, so that λ is computed from N and T when it runs.
+"""``torch.ops.entropy_attn.attention``: the operator behind `attention`.
 
-A graph that holds it has no λ in it, only the integers λ comes from: it is compiled once for any number of sizes.
+The operator takes N and T and computes λ when it runs. A compiled graph therefore holds integers, which torch.compile
+makes symbolic, and one graph serves every size. A float λ would recompile for each size.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from entropy_attn.scale import entropy_scale
 
 
 def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) -> float:
-    """λ as a number, from whichever of the arguments of `attention` decide it."""
+    """λ as a number: from the rule if train_tokens is given, else `scale`, else 1/sqrt(head_dim)."""
     if train_tokens is not None:
         num_tokens = Nk if num_tokens is None else num_tokens
         return entropy_scale(num_tokens, train_tokens, head_dim, train_entropy)
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
-# For the operator, whose sizes are numbers when it runs; those of a graph being traced cannot be looked up.
+# Only for the running operator: while tracing, sizes are symbolic and cannot be keys of a cache.
 _remembered_scale = functools.lru_cache(maxsize=1024)(resolve_scale)
 
 
@@ -57,7 +58,7 @@ def _attention(
 
 
 def _tensors(query, outputs):
-    """An operator returns tensors: empty ones for what was not asked for."""
+    """The outputs with an empty tensor for each that was not asked for: an operator cannot return None."""
     return tuple(query.new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
 
 
@@ -67,7 +68,7 @@ def _fake(query, key, value, attn_mask, scale_tensor, *rest):
 
 
 def _refuse_derivatives(keyset, query, key, value, attn_mask, scale_tensor, *rest):
-    """The operator has no derivative, neither backward nor forward: raise where one is asked for, else go on."""
+    """The kernel for the Autograd keys: raises where a backward- or forward-mode derivative is asked for."""
     inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "scale": scale_tensor}
     if torch.is_grad_enabled():
         checks.refuse_grad(**inputs)
@@ -82,7 +83,7 @@ def _refuse_derivatives(keyset, query, key, value, attn_mask, scale_tensor, *res
 
 
 def _autocast(device_type: str):
-    """The operator under autocast, as SDPA: floating inputs but float64 in the lower precision. λ stays in float32."""
+    """The kernel for an Autocast key: as for SDPA, floating inputs but float64 are cast. λ stays in float32."""
 
     def cast(tensor):
         return tensor if tensor is None else tensor.to(checks.dtype_of(tensor))

@@ -1,8 +1,9 @@
-"""CPU: PyTorch's SDPA where it gives all that was asked for and is right, else some rows of queries against all keys.
+"""The CPU backend: PyTorch's SDPA where only the output is asked for and SDPA is right; else blocks of queries.
 
-The second way computes in float32 (float64 for float64 inputs). A worker thread holds BLOCK scores of a few heads, and
-their softmax, so memory is linear in the number of tokens. Each worker runs PyTorch on one thread: operators that
-share their work out among threads wait for the slowest of them, each one, and a busy machine makes that wait long.
+The second way computes a block of queries against all keys, in float32 (float64 for float64 inputs). A worker thread
+holds BLOCK scores and their softmax, so memory is linear in the number of tokens. Each worker thread runs PyTorch's
+operators on one thread. An operator that runs on all threads waits for the slowest one, and on a busy machine that wait
+is long.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 
 from entropy_attn.backends import heads_lie_inside_tokens, new_outputs
 
-BLOCK = 1 << 19  # scores that a worker holds at a time
-FEWEST_ROWS = 16  # of them at least, however many keys there are
-INLINE = 1 << 16  # calls of so few scores run in the calling thread
+BLOCK = 1 << 19  # scores that a worker thread holds at a time
+FEWEST_ROWS = 16  # the smallest block of queries, however many keys there are
+INLINE = 1 << 16  # a call of at most so many scores runs in the calling thread
 # With fewer keys PyTorch's SDPA on the CPU gives 0 instead of NaN where a query is NaN (torch 2.13).
 SDPA_KEYS = 16
 
@@ -41,7 +42,7 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
             _attend(call, part)
     else:
         for _ in _workers(threads, os.getpid()).map(functools.partial(_attend, call), _parts(query, Nk, threads)):
-            pass  # an error of a worker is raised here
+            pass  # the iteration raises what a worker raised
     return out, entropy, lse
 
 
@@ -51,21 +52,21 @@ def _sdpa_is_right(query, key, value, attn_mask, scale, is_causal) -> bool:
         return False
     if not all(map(_rows_lie_apart, (query, key, value))):
         return False
-    if is_causal and scale <= 0:  # NaN there (torch 2.13)
+    if is_causal and scale <= 0:  # SDPA gives NaN (torch 2.13)
         return False
     if attn_mask is not None and query.dtype == torch.float64 and attn_mask.dtype == torch.float32:
-        return False  # read as float64 there (torch 2.13)
-    # A hidden key that is not finite reaches the output there.
+        return False  # SDPA reads the mask's memory as float64 (torch 2.13)
+    # SDPA lets a hidden key that is NaN or infinite reach the output (torch 2.13).
     return (attn_mask is None and not is_causal) or all(map(_is_finite, (query, key, value)))
 
 
 def _rows_lie_apart(tensor: torch.Tensor) -> bool:
-    """Whether no two tokens share memory, as after .expand(): SDPA then reads what is not there (torch 2.13)."""
+    """Whether no two tokens share memory. After .expand() they do, and SDPA reads past the tensor (torch 2.13)."""
     return tensor.stride(3) != 1 or tensor.stride(2) >= tensor.shape[3] or tensor.shape[2] == 1
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all elements are finite; False too where they are so large that their sum is not."""
+    """Whether the sum of all elements is finite. It may overflow although each element is finite."""
     return bool(tensor.sum(dtype=_compute_dtype(tensor)).isfinite())
 
 
@@ -79,7 +80,7 @@ def _sdpa(query, key, value, attn_mask, scale, is_causal):
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != H
     )
-    # Those of `new_outputs`, without making them.
+    # The strides that `new_outputs` gives.
     strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_lie_inside_tokens(query) else (H * Nq * Dv, Nq * Dv, Dv, 1)
     if result.stride() == strides:
         return result, None, None
@@ -100,7 +101,7 @@ class _Call(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The queries `first` … `stop` of some heads of one batch entry."""
+    """The work of one task: the queries from `first` to `stop` of some heads of one batch entry."""
 
     batch: int
     heads: slice
@@ -109,7 +110,7 @@ class _Part(NamedTuple):
 
 
 def _parts(query: torch.Tensor, Nk: int, threads: int) -> Iterator[_Part]:
-    """A call cut into parts: small heads together, large ones each in several parts if there are few."""
+    """The tasks of a call. Small heads are taken together. Few large heads are cut into several tasks each."""
     B, H, Nq, _ = query.shape
     heads = max(1, min(BLOCK // max(1, Nq * Nk), -(-H // threads)))
     pieces = -(-4 * threads // max(1, B * H)) if threads > 1 else 1
@@ -130,7 +131,7 @@ def _attend(call: _Call, part: _Part) -> None:
     dtype = _compute_dtype(call.query)
     batch, heads = part.batch, part.heads
     Nk, queries_per_kv = call.key.shape[2], call.query.shape[1] // call.key.shape[1]
-    # (g, Nk, D) and (g, Nk, Dv) for g heads; of heads that share keys, one at a time is a view.
+    # key (g, Nk, D) and value (g, Nk, Dv) of g query heads. With grouped queries a single head's are a view.
     kv: slice | torch.Tensor = heads
     if queries_per_kv > 1:
         first_kv = heads.start // queries_per_kv
@@ -162,8 +163,11 @@ def _attend(call: _Call, part: _Part) -> None:
 
 
 def _softmax(query, key, value, mask):
-    """out (g, r, Dv), entropy and lse (g, r) of queries (g, r, D), scaled, against keys (g, n, D) and values (g, n, Dv)
-    under a mask that broadcasts to (g, r, n), or None."""
+    """Output (g, r, Dv), entropy and lse (g, r) for g heads, r queries and n keys.
+
+    query: (g, r, D), already multiplied by the scale. key: (g, n, D). value: (g, n, Dv). mask: broadcasts to (g, r, n),
+    or None.
+    """
     g, r, n = query.shape[0], query.shape[1], key.shape[1]
     if n == 0:
         return 0.0, 0.0, -torch.inf
@@ -181,7 +185,7 @@ def _softmax(query, key, value, mask):
         weights.masked_fill_(no_key, 0.0)
         scores.clamp_(min=-1000.0)  # a hidden key has weight 0, and 0 * -inf must be 0
     out = torch.bmm(weights, value)
-    # The highest score, 0 now, has the weight 1 / l with l = Σ exp(score): ln l comes from there.
+    # The highest score is now 0. Its weight is 1 / l with l = Σ exp(score), which gives ln l.
     log_sum = weights.amax(-1).log_().neg_()
     entropy = log_sum - scores.mul_(weights).sum(-1)
     no_key, peak = no_key.squeeze(-1), peak.squeeze(-1)
@@ -190,11 +194,11 @@ def _softmax(query, key, value, mask):
 
 
 def _without_hidden(value: torch.Tensor, mask: torch.Tensor | None, Nq: int) -> torch.Tensor:
-    """Values (g, Nk, Dv) with 0 in the rows that no query sees: 0 * NaN would carry them into the output."""
+    """Values (g, Nk, Dv) with 0 for the keys that no query sees. Otherwise 0 * NaN would reach the output."""
     if mask is None:  # causal
         seen = torch.arange(value.shape[1]) < Nq
     else:
-        # (g, Nq, Nk); where all queries share a mask, one row of it is enough.
+        # mask: (g, Nq, Nk). One row is enough where all queries share it.
         mask = mask[:, :1] if mask.stride(1) == 0 else mask
         seen = (mask if mask.dtype == torch.bool else mask != -torch.inf).any(1)
     return value.masked_fill(~seen.unsqueeze(-1), 0.0)
@@ -204,8 +208,8 @@ _of_thread = threading.local()
 
 
 def _scratch(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory of the running thread for scores. It is kept up to its usual size: fresh pages cost a fifth of the time
-    of a head of 1024 tokens."""
+    """Memory of the current thread for scores. Up to the usual size it is kept between calls: page faults of new memory
+    take a fifth of the time of a head of 1024 tokens."""
     if elements > 2 * BLOCK:
         return torch.empty(elements, dtype=dtype)
     kept = getattr(_of_thread, "scratch", None)
@@ -216,12 +220,13 @@ def _scratch(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 @functools.cache
 def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads on which PyTorch runs each operator on one thread; of this process, since a fork has none of them."""
+    """A pool of threads, each of which runs PyTorch's operators on one thread. `process` is the pid: after a fork the
+    child has none of its parent's threads."""
     started = threading.Barrier(threads + 1)
 
     def start() -> None:
-        torch.get_num_threads()  # PyTorch gives a thread its number at the first look, and would undo the next line
-        torch.set_num_threads(1)  # of this thread, but also what threads started from now on begin with
+        torch.get_num_threads()  # PyTorch sets a thread's number at its first look, which must come before the next line
+        torch.set_num_threads(1)  # sets this thread's number, and the first number of threads that start later
         started.wait()
 
     workers = ThreadPoolExecutor(threads, "entropy_attn")
@@ -229,5 +234,5 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
     started.wait()
     for each in starting:
         each.result()
-    torch.set_num_threads(threads)  # what threads started from now on begin with, as before
+    torch.set_num_threads(threads)  # restores the first number of threads that start later
     return workers

@@ -1,4 +1,4 @@
-"""The textbook: every score held in memory, everything in float64. For checking the other backends."""
+"""The textbook form, for checking the other backends: all scores in memory, all arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
         if attn_mask.dtype != torch.bool:
             scores = scores + attn_mask
     scores = scores.masked_fill(~visible, float("-inf"))
-    # A key that no query sees must not reach the output, whatever its value row holds.
+    # The value of a key that no query sees must not reach the output, even if it is NaN.
     value = value.masked_fill(~visible.any(dim=-2).unsqueeze(-1), 0.0)
 
     empty = ~visible.any(dim=-1, keepdim=True)
