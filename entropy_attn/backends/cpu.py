@@ -226,7 +226,7 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
 
     def start() -> None:
         torch.get_num_threads()  # PyTorch sets a thread's number at its first look, which must come before the next line
-        torch.set_num_threads(1)  # sets this thread's number, and the first number of threads that start later
+        torch.set_num_threads(1)  # this thread's number, and the first one of threads that start later
         started.wait()
 
     workers = ThreadPoolExecutor(threads, "entropy_attn")
