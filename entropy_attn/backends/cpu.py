@@ -225,7 +225,7 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
     started = threading.Barrier(threads + 1)
 
     def start() -> None:
-        torch.get_num_threads()  # PyTorch sets a thread's number at its first look, which must come before the next line
+        torch.get_num_threads()  # PyTorch sets a thread's number at its first look: before the next line
         torch.set_num_threads(1)  # this thread's number, and the first one of threads that start later
         started.wait()
 
