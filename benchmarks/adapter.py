@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
+import results
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from tqdm import tqdm
@@ -101,7 +101,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return harness.markdown(["head dim", "way", "ms a step", "of stock: median of the rounds (least to most)"], lines)
+    return results.markdown(["head dim", "way", "ms a step", "of stock: median of the rounds (least to most)"], lines)
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
     about = {"size": list(arguments.size), "rounds": arguments.rounds, "steps": arguments.steps}
     about |= {"heads": arguments.heads} if arguments.model is None else {"model": arguments.model}
     total = len(builders) * (arguments.rounds + 1) * len(WAYS)
-    with harness.Record(arguments.out, **about) as record, tqdm(total=total, file=sys.stderr) as progress:
+    with results.Record(arguments.out, **about) as record, tqdm(total=total, file=sys.stderr) as progress:
         for build in builders:
             model = build()
             if torch.cuda.is_available():
@@ -134,7 +134,7 @@ def main() -> None:
     height, width = arguments.size
     told = f"{height} x {width}, {arguments.rounds} rounds of {arguments.steps} steps"
     told += f", {arguments.heads} heads a layer" if arguments.model is None else f", {arguments.model}"
-    written = harness.write_tables(arguments.out, record.machine, f"{told}\n\n{table(record.rows)}")
+    written = results.write_tables(arguments.out, record.machine, f"{told}\n\n{table(record.rows)}")
     print(f"wrote {arguments.out}, {written}", file=sys.stderr)
 
 

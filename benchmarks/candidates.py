@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import harness
+import results
 
 from entropy_attn.kernels import aot, tiles
 from entropy_attn.kernels.config import pieces
@@ -89,7 +90,7 @@ def store(path: Path, architecture: str, dtype: str, head_dim: int, tile: Tile) 
     before = whole.setdefault(architecture, {}).get(dtype, {})
     whole[architecture][dtype] = {str(d): dataclasses.asdict(t) for d, t in rows.items()}
     whole[architecture][dtype] |= {d: t for d, t in before.items() if int(d) > served[-1]}
-    harness.write_whole(path, json.dumps(whole, indent=1) + "\n")
+    results.write_whole(path, json.dumps(whole, indent=1) + "\n")
     read(path)
 
 

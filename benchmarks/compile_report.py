@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
+import results
 import sass
 import triton
 from occupancy import occupancy
@@ -119,7 +120,7 @@ def table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     notes += [f"sm_90: warp-group matrix instructions in {warp_groups} of {len(done)} main loops."] if done else []
     tools = ", ".join(f"{name} {version}" for name, version in machine["assemblers"].items())
     notes.append(f"{machine['date'][:10]}, triton {machine['triton']}, {tools}. Compiled, not timed.")
-    return "\n\n".join([harness.markdown(header, lines), *notes]) + "\n"
+    return "\n\n".join([results.markdown(header, lines), *notes]) + "\n"
 
 
 def draw(machine: dict[str, Any], rows: list[dict[str, Any]], architecture: str, path: Path) -> None:
@@ -175,7 +176,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def compile_all(chosen: list[Case], jobs: int, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    with harness.Record(out, assemblers=assembler_versions()) as record:
+    with results.Record(out, assemblers=assembler_versions()) as record:
         rows: Iterator[dict[str, Any]] = map(measure, chosen)
         if jobs > 1:
             rows = ProcessPoolExecutor(jobs, get_context("spawn"), ignore_interrupts).map(measure, chosen)
@@ -208,7 +209,7 @@ def main() -> None:
         parser.error(f"--jobs: got {arguments.jobs}, allowed are numbers from 1")
     if arguments.picture_from:
         try:
-            machine, rows = harness.load(arguments.picture_from)
+            machine, rows = results.load(arguments.picture_from)
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--picture-from: {arguments.picture_from} is no report: {error}")
     else:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import results
 import torch
 import torch.nn.functional as F
 from peers import textbook
@@ -79,7 +80,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         [f"{x:.2f}" if isinstance(x, float) else str(x) for x in (row.get(column, "") for column in columns)]
         for row in rows
     ]
-    return harness.markdown(columns, lines)
+    return results.markdown(columns, lines)
 
 
 def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = [(dtype, D, N) for dtype in arguments.dtypes for D in arguments.head_dims for N in arguments.tokens]
     others = cores() if arguments.busy else 0
-    record = harness.Record(arguments.out, "cpu", rounds=arguments.rounds, busy_processes=others)
+    record = results.Record(arguments.out, "cpu", rounds=arguments.rounds, busy_processes=others)
     print(harness.describe(record.machine), file=sys.stderr)
     with record, busy(others):
         for dtype, D, N in (progress := tqdm(cases, file=sys.stderr)):
@@ -130,7 +131,7 @@ def main() -> None:
     told = f"{arguments.rounds} rounds"
     if arguments.busy:
         told += f", with {others} other processes on {cores()} cores"
-    markdown = harness.write_tables(arguments.out, record.machine, f"{told}\n\n{table(record.rows)}")
+    markdown = results.write_tables(arguments.out, record.machine, f"{told}\n\n{table(record.rows)}")
     print(f"wrote {arguments.out}, {markdown}, {picture}", file=sys.stderr)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import results
 import torch
 import torch.nn.functional as F
 from peers import textbook
@@ -82,6 +83,7 @@ def measure(N: int, dtype: str, shape: tuple[int, int, int], rounds: int, device
         HELD: lambda: textbook(query, key, value),
     }
     rows: dict[str, dict[str, Any]] = {}
+    failed: dict[str, Exception] = {}
     for name, way in list(ways.items()):
         rows[name] = {"N": N, "B": B, "H": H, "D": D, "dtype": dtype, "way": name}
         try:
@@ -90,13 +92,16 @@ def measure(N: int, dtype: str, shape: tuple[int, int, int], rounds: int, device
                 rows[name]["entropy_error"] = float(error)
             rows[name]["peak_mib"] = harness.peak_memory(way, device)
         except RuntimeError as error:  # out of memory: on a CPU it has no class of its own
-            rows[name]["reason"] = str(error).splitlines()[0]
+            harness.check_device(device, error)
+            failed[name] = error
             del ways[name]
-    times = harness.interleaved(ways, rounds, device)
+    times = harness.interleaved(ways, rounds, device, failed=failed)
     for name, taken in times.items():
         low, middle, high = harness.quartiles(taken)
         rows[name] |= {"ms": middle, "ms_low": low, "ms_high": high}
-        rows[name]["time_to_sdpa"] = harness.ratio(taken, times[SDPA])
+        rows[name] |= {"time_to_sdpa": harness.ratio(taken, times[SDPA])} if SDPA in times else {}
+    for name, error in failed.items():
+        rows[name]["reason"] = str(error).splitlines()[0]
     return list(rows.values())
 
 
@@ -107,7 +112,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         if "ms" not in row:
             return row["reason"].split(". ")[0]
         error = f", {row['entropy_error']:.0e} nats" if "entropy_error" in row else ""
-        return f"{row['ms']:.3g} ms ({row['time_to_sdpa']:.2f}), {row['peak_mib']:.3g} MiB{error}"
+        ratio = f" ({row['time_to_sdpa']:.2f})" if "time_to_sdpa" in row else ""
+        return f"{row['ms']:.3g} ms{ratio}, {row['peak_mib']:.3g} MiB{error}"
 
     parts = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -116,7 +122,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             [str(N), *(cell(row) for row in chosen if row["N"] == N)] for N in dict.fromkeys(row["N"] for row in chosen)
         ]
         parts.append(f"## {dtype}, B = {chosen[0]['B']}, H = {chosen[0]['H']}, D = {chosen[0]['D']}")
-        parts.append(harness.markdown(["N", *dict.fromkeys(row["way"] for row in chosen)], lines))
+        parts.append(results.markdown(["N", *dict.fromkeys(row["way"] for row in chosen)], lines))
     return "\n\n".join(parts)
 
 
@@ -149,11 +155,12 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
 
 def report(path: Path) -> None:
     """Write the table and the picture of a saved run to files beside it."""
-    machine, rows = harness.load(path)
+    machine, rows = results.load(path)
     draw(rows, machine, path.with_suffix(".png"))
-    markdown = harness.write_tables(path, machine, tables(rows))
-    ratios = [row["time_to_sdpa"] for row in rows if row["way"] == SAME_PASS]
-    print(f"same pass: {statistics.median(ratios):.2f} times SDPA without entropy, in the median of these cases")
+    markdown = results.write_tables(path, machine, tables(rows))
+    ratios = [row["time_to_sdpa"] for row in rows if row["way"] == SAME_PASS and "time_to_sdpa" in row]
+    if ratios:
+        print(f"same pass: {statistics.median(ratios):.2f} times SDPA without entropy, in the median of these cases")
     print(f"wrote {path}, {markdown}, {path.with_suffix('.png')}", file=sys.stderr)
 
 
@@ -166,7 +173,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    harness.add_run_options(parser, "entropy_cost")
+    results.add_run_options(parser, "entropy_cost")
     arguments = parser.parse_args()
     if arguments.picture_from:
         return report(arguments.picture_from)
@@ -176,10 +183,16 @@ def main() -> None:
     shape = (arguments.batch, arguments.heads, arguments.head_dim)
     dtypes = arguments.dtypes or ["float16" if device == "cuda" else "float32"]
     cases = [(N, dtype) for dtype in dtypes for N in arguments.tokens or TOKENS[device]]
-    with harness.Record(arguments.out, device) as record:
+    B, H, D = shape
+    try:
+        record = results.Record(arguments.out, device, arguments.resume)
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
+    with record:
         for N, dtype in (progress := tqdm(cases, file=sys.stderr)):
             progress.set_description(f"{dtype} N = {N}")
-            record.add(*measure(N, dtype, shape, arguments.rounds, device))
+            if not record.has(N=N, B=B, H=H, D=D, dtype=dtype):
+                record.add(*measure(N, dtype, shape, arguments.rounds, device))
     report(arguments.out)
 
 

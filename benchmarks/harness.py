@@ -1,12 +1,10 @@
-"""What the benchmark scripts share: description of the machine, interleaved timing, peak memory, files of results."""
+"""What the benchmark scripts share: description of the machine, interleaved timing, peak memory, axes of pictures."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -15,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -105,22 +102,52 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def interleaved(
-    ways: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu", repetitions: int | None = None
+    ways: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    repetitions: int | None = None,
+    failed: dict[str, Exception] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each way in each round, after one round to warm up.
+
+    A way that raises ends the run with its exception. With `failed` it is put there instead, and the others go on.
 
     Within a round the ways run one after the other. A disturbance of the machine then slows all of them, and the ratios
     of one round stay comparable. The time of a way in a round is the median of its repetitions. On a GPU there are 10,
     timed by CUDA events, and the L2 cache is flushed before each. On a CPU there is 1, timed by `time.perf_counter`.
     """
     on_gpu = torch.device(device).type == "cuda"
+    time_way, default = (_gpu_times, 10) if on_gpu else (_cpu_times, 1)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
-        for name, way in ways.items():
-            taken = _gpu_times(way, repetitions or 10) if on_gpu else _cpu_times(way, repetitions or 1)
+        for name in list(times):
+            try:
+                taken = time_way(ways[name], repetitions or default)
+            except Exception as error:  # whatever a library raises
+                if failed is None:
+                    raise
+                check_device(device, error)
+                failed[name] = error
+                del times[name]
+                continue
             if round_ > 0:
                 times[name].append(statistics.median(taken))
     return times
+
+
+class DeviceLostError(RuntimeError):
+    """The device no longer works in this process, as after an illegal memory access."""
+
+
+def check_device(device: str, error: Exception) -> None:
+    """Raise DeviceLostError if the device cannot be used any more after `error`. Out of memory leaves it usable."""
+    if torch.device(device).type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device=device).item()
+    except RuntimeError as also:
+        raise DeviceLostError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from also
 
 
 def _cpu_times(way: Callable[[], Any], repetitions: int) -> list[float]:
@@ -184,68 +211,6 @@ def peak_memory(way: Callable[[], Any], device: str = "cpu") -> float:
         held += change.nbytes()
         peak = max(peak, held)
     return peak / 2**20
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: after an interruption the old file or the new one is there, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-class Record:
-    """The rows of a run, in a JSON file {"machine": ..., "rows": [...]} that is rewritten after every row.
-
-    As a context manager it turns Ctrl-C into exit code 130 and a message that says how many rows are in the file.
-    """
-
-    def __init__(self, path: Path, device: str | None = None, **about: Any) -> None:
-        self.path = Path(path)
-        self.machine = machine(device) | about
-        self.rows: list[dict[str, Any]] = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, *rows: dict[str, Any]) -> None:
-        all_rows = [*self.rows, *rows]
-        write_whole(self.path, json.dumps({"machine": self.machine, "rows": all_rows}, indent=1) + "\n")
-        self.rows = all_rows
-
-    def __enter__(self) -> Record:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            kept = f"{len(self.rows)} rows are in {self.path}" if self.rows else "no row was finished"
-            print(f"\ninterrupted: {kept}", file=sys.stderr)
-            sys.exit(130)
-
-
-def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Machine and rows of a file that `Record` wrote."""
-    saved = json.loads(Path(path).read_text())
-    return saved["machine"], saved["rows"]
-
-
-def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the options of a script that saves its runs and can draw a saved run again."""
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path(f"build/{name}.json"), help="default: %(default)s")
-    parser.add_argument("--picture-from", type=Path, metavar="JSON", help="draw a saved run again and measure nothing")
-
-
-def write_tables(path: Path, machine: dict[str, Any], tables: str) -> Path:
-    """Print the tables of the run saved at `path` under a line on the machine, and write them to a .md file there."""
-    text = f"{describe(machine)}\n\n{tables}\n"
-    written = path.with_suffix(".md")
-    written.write_text(text)
-    print(f"\n{text}")
-    return written
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
 
 def pyplot() -> Any:

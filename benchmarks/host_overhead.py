@@ -24,6 +24,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # so that Triton prepares the launch for tensors on the CPU
 
 import harness
+import results
 import torch.nn.functional as F
 
 from entropy_attn import attention, checks
@@ -161,12 +162,12 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500, help="of each way in a round (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/host_overhead.json"), help="default: %(default)s")
     arguments = parser.parse_args()
-    with harness.Record(arguments.out, rounds=arguments.rounds, calls=arguments.calls) as record:
+    with results.Record(arguments.out, rounds=arguments.rounds, calls=arguments.calls) as record:
         times = measure(arguments.rounds, arguments.calls)
         record.add(*(row_of(name, times) for name in times))
     lines = [[f"{x:.1f}" if isinstance(x, float) else x for x in row.values()] for row in record.rows]
-    table = harness.markdown(list(record.rows[0]), lines)
-    harness.write_tables(arguments.out, record.machine, f"{table}\n\n{verdict(record.rows)}")
+    table = results.markdown(list(record.rows[0]), lines)
+    results.write_tables(arguments.out, record.machine, f"{table}\n\n{verdict(record.rows)}")
     picture(record.rows, arguments.out.with_suffix(".png"))
 
 

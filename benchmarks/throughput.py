@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import results
 import torch
 from layers import MODELS, VARIANTS, Inputs, Shape, make_inputs, shapes
 from peers import DISTRIBUTIONS, OURS, PEERS
@@ -36,7 +37,13 @@ SIZES = {
     "cuda": ["512x512", "128x128", "256x256", "768x768", "1024x1024", "512x288", "512x384"],
     "cpu": ["64x64", "128x64"],
 }
-LENGTHS = {"cuda": [1024, 2048, 4096, 8192, 16384], "cpu": [64, 128, 256]}
+LENGTHS = {"cuda": [1024, 4096, 16384, 2048, 8192], "cpu": [64, 128, 256]}
+SHORT = {"models": ["SD1.5", "SD2.1", "square"], "variants": ["plain"], "sizes": 1, "lengths": 3}  # without --full
+# What the estimate of a run's length assumes. Nobody has measured these.
+ASSUMED_TFLOPS = {"float16": 100.0, "bfloat16": 100.0, "float32": 10.0}
+LAUNCH_AND_FLUSH = 0.5e-3  # seconds a repetition
+SETUP = {"flex": 8.0, "ours": 3.0, "ours+entropy": 3.0}  # seconds to compile and check a way; 1 for the others
+SLOWER = {"sdpa-math": 10.0, "sdpa-efficient": 2.0}
 CPU_PEERS = ["sdpa", "sdpa-flash", "sdpa-math"]
 STYLES = {
     "ours": ("tab:blue", "o"),
@@ -86,27 +93,31 @@ def reason(error: Exception, said: list[warnings.WarningMessage]) -> str:
 
 
 def measure(shape: Shape, dtype: str, variant: str, peers: list[str], rounds: int, device: str) -> list[dict[str, Any]]:
-    """A row for each way."""
+    """A row for each way. A way that raises has a reason, and the others go on."""
     builders = OURS | {name: PEERS[name] for name in peers}
-    rows = {name: shape._asdict() | {"dtype": dtype, "variant": variant, "way": name} for name in builders}
+    rows = {name: case(shape, dtype, variant) | {"way": name} for name in builders}
     ways: dict[str, Callable[[], Any]] = {}
     query_rows = torch.linspace(0, shape.Nq - 1, min(shape.Nq, CHECKED_ROWS), device=device).long()
-    inputs = reference = None
+    try:
+        inputs = make_inputs(shape, harness.DTYPES[dtype], variant, device)
+        reference = expected(inputs, query_rows)
+    except Exception as error:  # out of memory
+        harness.check_device(device, error)
+        return [row | {"status": "refused", "reason": reason(error, [])} for row in rows.values()]
     for name, build in builders.items():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                if inputs is None or reference is None:
-                    inputs = make_inputs(shape, harness.DTYPES[dtype], variant, device)
-                    reference = expected(inputs, query_rows)
                 way = build(inputs)
                 rows[name] |= check(way, reference, query_rows, dtype)
-                if rows[name]["status"] == "ok":
-                    rows[name]["peak_mib"] = harness.peak_memory(way, device)
-                    ways[name] = way
             except Exception as error:  # whatever a library raises, out of memory included
+                harness.check_device(device, error)
                 rows[name] |= {"status": "refused", "reason": reason(error, said)}
-    times = harness.interleaved(ways, rounds, device)
+                continue
+        if rows[name]["status"] == "ok":
+            ways[name] = way
+    failed: dict[str, Exception] = {}
+    times = harness.interleaved(ways, rounds, device, failed=failed)
     clock = harness.clocks().get("sm_clock_mhz")
     operations = 4 * shape.B * shape.H * shape.Nq * shape.Nk * shape.D * (0.5 if variant == "causal" else 1)
     for name, taken in times.items():
@@ -114,7 +125,29 @@ def measure(shape: Shape, dtype: str, variant: str, peers: list[str], rounds: in
         rows[name] |= {"ms": middle, "ms_low": low, "ms_high": high, "tflops": operations / middle / 1e9}
         rows[name] |= {"time_to_sdpa": harness.ratio(taken, times["sdpa"])} if "sdpa" in times else {}
         rows[name] |= {"sm_clock_mhz": clock} if clock else {}
+        try:
+            rows[name]["peak_mib"] = harness.peak_memory(ways[name], device)
+        except Exception as error:  # the time stands
+            harness.check_device(device, error)
+            rows[name]["peak_reason"] = reason(error, [])
+    for name, error in failed.items():
+        rows[name] |= {"status": "failed", "reason": reason(error, [])}
     return list(rows.values())
+
+
+def case(shape: Shape, dtype: str, variant: str) -> dict[str, Any]:
+    """What the rows of one case have in common."""
+    return shape._asdict() | {"dtype": dtype, "variant": variant}
+
+
+def estimate(cases: list[tuple[Shape, list[str], str, str]], ways: list[str], rounds: int) -> float:
+    """Minutes that a run takes on a GPU of ASSUMED_TFLOPS, from the operations and the seconds to compile and check."""
+    seconds = 0.0
+    for shape, _, dtype, _ in cases:
+        operations = 4 * shape.B * shape.H * shape.Nq * shape.Nk * shape.D
+        one = operations / (ASSUMED_TFLOPS[dtype] * 1e12) + LAUNCH_AND_FLUSH
+        seconds += sum(SETUP.get(way, 1.0) + 10 * (rounds + 1) * one * SLOWER.get(way, 1.0) for way in ways)
+    return seconds / 60
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -132,7 +165,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             cells.setdefault((row["kind"], shape, ", ".join(row["layers"])), {})[row["way"]] = text
         lines = [[*head, *(by_way[way] for way in ways)] for head, by_way in cells.items()]
         parts += [f"## {variant}, {dtype}", "TFLOP/s (time as a multiple of SDPA's)"]
-        parts.append(harness.markdown(["attention", "B x H x Nq x Nk x D", "layers", *ways], lines))
+        parts.append(results.markdown(["attention", "B x H x Nq x Nk x D", "layers", *ways], lines))
     failed: dict[str, list[str]] = {}
     for row in rows:
         if row["status"] != "ok":
@@ -190,9 +223,9 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def report(path: Path) -> None:
     """Write the table and the pictures of a saved run to files beside it."""
-    machine, rows = harness.load(path)
+    machine, rows = results.load(path)
     pictures = draw(rows, machine, path)
-    written = [path, harness.write_tables(path, machine, tables(rows)), *pictures]
+    written = [path, results.write_tables(path, machine, tables(rows)), *pictures]
     print("wrote " + ", ".join(str(p) for p in written), file=sys.stderr)
 
 
@@ -205,39 +238,66 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="square: N queries by N keys")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="square: N queries by N keys")
     parser.add_argument("--sizes", nargs="+", type=parse_size, metavar="WIDTHxHEIGHT", help="of images, in pixels")
     parser.add_argument("--lengths", nargs="+", type=int, help="N of square; B is the longest over N")
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, help="default: float16, float32 on a CPU")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="SDPA always runs; default: all that are installed")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes, to try the script")
-    parser.add_argument("--quick", action="store_true", help="one size, two lengths, two rounds")
-    harness.add_run_options(parser, "throughput")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="one size, two lengths, two rounds")
+    extent.add_argument("--full", action="store_true", help="all models, variants, sizes and lengths: hours on a GPU")
+    results.add_run_options(parser, "throughput")
     arguments = parser.parse_args()
     if arguments.picture_from:
         return report(arguments.picture_from)
     device = arguments.device
     if device == "cuda":
         harness.need_gpu("throughput.py", "try the script with tiny shapes by `--device cpu`")
-    sizes = arguments.sizes or [parse_size(text) for text in SIZES[device]][: 1 if arguments.quick else None]
-    lengths = arguments.lengths or LENGTHS[device][: 2 if arguments.quick else None]
+    sizes = (
+        arguments.sizes or [parse_size(text) for text in SIZES[device]][: None if arguments.full else SHORT["sizes"]]
+    )
+    kept = None if arguments.full else 2 if arguments.quick else SHORT["lengths"]
+    lengths = arguments.lengths or LENGTHS[device][:kept]
+    models = arguments.models or (MODELS if arguments.full else SHORT["models"])
+    variants = arguments.variants or (VARIANTS if arguments.full else SHORT["variants"])
+    rounds = 2 if arguments.quick else arguments.rounds
     missing = [name for name, package in DISTRIBUTIONS.items() if harness.version(package) is None]
     peers = arguments.peers or [p for p in (PEERS if device == "cuda" else CPU_PEERS) if p not in missing]
     peers = list(dict.fromkeys(["sdpa", *peers]))
     cases = [
         (shape, layers, dtype, variant)
         for dtype in arguments.dtypes or ["float16" if device == "cuda" else "float32"]
-        for variant in arguments.variants
-        for shape, layers in shapes(arguments.models, sizes, lengths).items()
+        for variant in variants
+        for shape, layers in shapes(models, sizes, lengths).items()
         if variant != "causal" or shape.Nq == shape.Nk
     ]
     about = {name: harness.version(package) for name, package in DISTRIBUTIONS.items()}
-    with harness.Record(arguments.out, device, **about) as record:
-        for shape, layers, dtype, variant in (progress := tqdm(cases, file=sys.stderr)):
+    try:
+        record = results.Record(arguments.out, device, arguments.resume, **about)
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
+    left = [each for each in cases if not record.has(**case(each[0], each[2], each[3]))]
+    if device == "cuda":
+        minutes = estimate(left, [*OURS, *peers], rounds)
+        print(f"{len(left)} cases, about {minutes:.0f} minutes (an estimate that nobody has measured)", file=sys.stderr)
+    with record:
+        for shape, layers, dtype, variant in (progress := tqdm(left, file=sys.stderr)):
             progress.set_description(f"{variant} {dtype} {layers[0]}")
-            rounds = 2 if arguments.quick else arguments.rounds
-            record.add(*(row | {"layers": layers} for row in measure(shape, dtype, variant, peers, rounds, device)))
+            try:
+                rows = measure(shape, dtype, variant, peers, rounds, device)
+            except harness.DeviceLostError as error:
+                record.add(
+                    case(shape, dtype, variant)
+                    | {"layers": layers, "way": "all", "status": "lost", "reason": str(error)}
+                )
+                sys.exit(
+                    f"the device stopped working in {variant} {dtype} {layers[0]}: {error}. {len(record.rows)} rows are "
+                    f"in {record.path}; the same command with --resume goes on with the next case"
+                )
+            record.add(*(row | {"layers": layers} for row in rows))
+            record.machine |= harness.clocks()  # those of a busy device
     report(arguments.out)
 
 

@@ -127,6 +127,69 @@ def test_wrong_and_refusing_ways_are_told_and_not_timed(benchmark, monkeypatch):
         assert "- flash-attn: NotImplementedError: takes no queries (1 cases" in told
 
 
+def test_a_way_that_fails_while_timed_is_its_own(benchmark, monkeypatch):
+    throughput = benchmark("throughput")
+    sdpa = throughput.PEERS["sdpa"]
+
+    def failing(inputs, left=3):
+        left = iter(range(left))
+        way = sdpa(inputs)
+        return lambda: way() if next(left, None) is not None else throw(RuntimeError("out of luck\nand more"))
+
+    def throw(error):
+        raise error
+
+    monkeypatch.setitem(throughput.PEERS, "flex", failing)
+    shape = throughput.Shape("self", 1, 1, 40, 24, 16)
+    rows = {row["way"]: row for row in throughput.measure(shape, "float32", "plain", ["sdpa", "flex"], 4, "cpu")}
+    assert rows["flex"]["status"] == "failed"
+    assert rows["flex"]["reason"] == "RuntimeError: out of luck"
+    assert "ms" not in rows["flex"]
+    assert all(rows[way]["status"] == "ok" and rows[way]["ms"] > 0 for way in ("ours", "ours+entropy", "sdpa"))
+
+
+def test_a_lost_device_ends_the_run_and_is_continued(benchmark, monkeypatch, tmp_path):
+    """The case that lost it is passed over by --resume; finished cases are not measured again."""
+    throughput = benchmark("throughput")
+    harness, saved = throughput.harness, throughput.results
+    out = tmp_path / "rows.json"
+    arguments = ["throughput.py", "--device", "cpu", "--models", "square", "--lengths", "16", "24", "32"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--quick", "--peers", "sdpa", "--out", str(out)])
+    measure, seen = throughput.measure, []
+
+    def losing(shape, *rest):
+        seen.append(shape.Nq)
+        if len(seen) == 2:
+            raise harness.DeviceLostError("AcceleratorError: an illegal memory access")
+        return measure(shape, *rest)
+
+    monkeypatch.setattr(throughput, "measure", losing)
+    with pytest.raises(SystemExit, match=r"stopped working in plain float32 N = 24: .*illegal.*--resume"):
+        throughput.main()
+    assert [row["status"] for row in saved.load(out)[1]] == ["ok"] * 3 + ["lost"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+    throughput.main()
+    assert seen == [16, 24, 32] + [16, 24, 32]  # of head dim 64, of which two were seen, and of 128
+    rows = saved.load(out)[1]
+    assert len(rows) == 3 * 5 + 1
+    assert "- all: AcceleratorError" in out.with_suffix(".md").read_text()
+    file = json.loads(out.read_text())
+    file["machine"]["torch"] = "1.0"
+    out.write_text(json.dumps(file))
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main()
+
+
+def test_a_default_run_is_short(benchmark):
+    throughput = benchmark("throughput")
+    short = throughput.SHORT
+    sizes = [throughput.parse_size(text) for text in throughput.SIZES["cuda"]][: short["sizes"]]
+    chosen = throughput.shapes(short["models"], sizes, throughput.LENGTHS["cuda"][: short["lengths"]])
+    cases = [(shape, layers, "float16", "plain") for shape, layers in chosen.items()]
+    assert throughput.estimate(cases, [*throughput.OURS, *throughput.PEERS], 9) < 10
+    assert {shape.D for shape in chosen} >= {40, 64, 80, 128, 160}
+
+
 def test_shapes_are_those_of_the_models(benchmark):
     shapes = benchmark("layers").shapes
     tokens = lambda *arguments: {(s.kind, s.H, s.Nq, s.Nk, s.D) for s in shapes(*arguments)}  # noqa: E731
@@ -260,13 +323,13 @@ def test_ctrl_c_keeps_the_rows_and_says_so(tmp_path):
 
 
 def test_a_row_that_cannot_be_written_leaves_the_file(benchmark, tmp_path):
-    harness = benchmark("harness")
-    record = harness.Record(tmp_path / "folder" / "rows.json", "cpu", seed=3)
+    results = benchmark("results")
+    record = results.Record(tmp_path / "folder" / "rows.json", "cpu", seed=3)
     record.add({"N": 1})
     record.add({"N": 2}, {"N": 3})
     with pytest.raises(TypeError):
         record.add({"N": object()})
-    machine, rows = harness.load(record.path)
+    machine, rows = results.load(record.path)
     assert machine["seed"] == 3
     assert rows == [{"N": 1}, {"N": 2}, {"N": 3}]
 

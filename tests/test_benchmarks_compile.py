@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -198,13 +199,13 @@ FAST, SLOW, BROKEN, UNFIT = (tiles.Tile(32, n, 2, 1) for n in (32, 16, 48, 256))
 @pytest.mark.parametrize(("milliseconds", "winner"), [(0.9, FAST), (0.99, SLOW)])
 def test_selection(tmp_path, monkeypatch, milliseconds, winner):
     import candidates
-    import harness
+    import results
     import tune
 
     present = tiles.find_tile("sm_80", "float16", 128)
     monkeypatch.setattr(tune, "CHECKED_TOKENS", 40)
     monkeypatch.setattr(tune, "candidates", lambda *_: {SLOW: None, FAST: None, BROKEN: None, UNFIT: "too large"})
-    record = harness.Record(tmp_path / "log.json")
+    record = results.Record(tmp_path / "log.json")
     record.machine["compute_capability"] = "8.0"
     asked = []
 
@@ -220,7 +221,7 @@ def test_selection(tmp_path, monkeypatch, milliseconds, winner):
     assert os.environ["ENTROPY_ATTN_TILES"] == str(tmp_path / "tiles.json")
     assert tiles.find_tile("sm_80", "float16", 64) == winner
     assert tiles.find_tile("sm_80", "float16", 128) == present
-    _, rows = harness.load(tmp_path / "log.json")
+    _, rows = results.load(tmp_path / "log.json")
     assert [row["tile"]["block_n"] for row in rows if "dropped" in row] == [48]
     assert [row["ms"] for row in rows if "ms" in row] == [1.0, milliseconds] * 2
     assert [row["chosen"] for row in rows if "score" in row] == [winner == SLOW, winner == FAST]
@@ -228,18 +229,23 @@ def test_selection(tmp_path, monkeypatch, milliseconds, winner):
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("amount", "name"), [(0.1, "entropy"), (0.1, "out"), (float("nan"), "out"), (0.0, "out")])
-def test_wrong_answers(monkeypatch, amount, name):
+@pytest.mark.parametrize(
+    ("amount", "name", "entropy"),
+    [(0.1, "entropy", True), (0.1, "out", True), (math.nan, "out", True), (0.1, "out", False), (0.0, "out", True)],
+)
+def test_wrong_answers(monkeypatch, amount, name, entropy):
     import tune
 
-    def off(tile, *inputs, entropy):
+    def off(tile, *inputs, entropy: bool):
         result = attention(*inputs, backend="reference", return_entropy=True)
-        return result._replace(**{name: getattr(result, name) + amount})
+        return result._replace(**{name: getattr(result, name) + (amount if entropy == wrong else 0.0)})
 
+    wrong = entropy
     monkeypatch.setattr(tune, "run", off)
     reason = tune.wrong(SLOW, "float16", 64, "cpu")
     assert (reason is None) == (amount == 0)
-    assert reason is None or "off by" in reason
+    assert reason is None or "is off by" in reason
+    assert reason is None or ("without entropy" in reason) == (not entropy)
 
 
 def test_file_of_tiles(tmp_path):

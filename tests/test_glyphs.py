@@ -33,7 +33,7 @@ def glyphs(monkeypatch):
         data=glyphs.data, designs=glyphs.designs, pipeline=glyphs.pipeline, recogniser=glyphs.recogniser,
         train=glyphs.train, metrics=metrics,
     )  # fmt: skip
-    for name in [name for name in sys.modules if name.split(".")[0] in ("glyphs", "metrics", "harness")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("glyphs", "metrics", "harness", "results")]:
         del sys.modules[name]  # scripts of other tests may have modules of these names
 
 

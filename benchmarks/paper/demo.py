@@ -31,6 +31,7 @@ try:
 except ImportError as error:
     sys.exit(f"{error.name} is missing: pip install 'entropy_attn[demo]'")
 import harness
+import results
 
 from entropy_attn.diffusers import EntropyRecord, plots
 
@@ -173,7 +174,7 @@ def main() -> None:
         outcomes[size] = (original, adapted)
     header = ["width x height", "N", "Frechet distance", "λ (95 % of the change)", "recognised (%)", "entropy (nats)"]
     rows = [row_of(judge, size, size == trained, *pair) for size, pair in outcomes.items()]
-    print(f"\n{arguments.count} images of each size, original → λ\n\n{harness.markdown(header, rows)}\n")
+    print(f"\n{arguments.count} images of each size, original → λ\n\n{results.markdown(header, rows)}\n")
     picture(outcomes, trained, arguments.out)
     print(f"{time.perf_counter() - started:.0f} s; wrote {arguments.out}")
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # where harness.py is
 
 import harness
+import results
 import torch
 
 try:
@@ -135,7 +136,7 @@ def main() -> None:
         with Rows(run.out / "results.jsonl", arguments.device, **about) as rows:
             scales = [rule for rule in rules.RULES if rule in (rules.ORIGINAL, *arguments.scales)]
             work(run, arguments.sizes or list(run.subject.sizes), what, scales, rows)
-        written = harness.write_tables(rows.path, rows.machine, tables.report(run.judge, run.subject, rows.rows))
+        written = results.write_tables(rows.path, rows.machine, tables.report(run.judge, run.subject, rows.rows))
         names = {kind: name for kind, (name, _) in tables.kinds_of(run.judge).items()}
         figures.draw(rows.rows, rows.path.with_suffix(".png"), run.subject.train_size, names)
     except torch.OutOfMemoryError as error:

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import harness
+import results
 
 
-class Rows(harness.Record):
+class Rows(results.Record):
     """A file with a row of results in each line. Its first line describes the machine, the versions and `about`.
 
     The rows of an earlier run with the same `about` are kept.
@@ -26,7 +26,7 @@ class Rows(harness.Record):
             self.rows = kept[1:]
         lines = [self.machine, *self.rows]
         # The file is rewritten: an interruption may have left its last line incomplete.
-        harness.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        results.write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, *rows: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
+import results
 import torch
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ class Run:
         now = json.loads(json.dumps(settings | {"weights": self.subject.fingerprint()}))  # as read from a file
         path = self.out / "settings.json"
         if not path.exists():
-            harness.write_whole(path, json.dumps(now, indent=1) + "\n")
+            results.write_whole(path, json.dumps(now, indent=1) + "\n")
             return
         then = json.loads(path.read_text())
         changed = [name for name in now if now[name] != then.get(name)]

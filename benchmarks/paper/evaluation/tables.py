@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import harness
+import results
 
 from entropy_attn.diffusers import plots
 from evaluation import figures, published, rules
@@ -61,7 +61,7 @@ def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[S
                 numbers = dict(zip((rules.ORIGINAL, rules.PAPER), known[kind].get(size, ()), strict=False))
                 line.append(f"{numbers[rule]:.4f}" if rule in numbers else "")
         lines.append(line)
-    return harness.markdown(header, lines)
+    return results.markdown(header, lines)
 
 
 def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
@@ -80,7 +80,7 @@ def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
             f"{row['seconds']:.3f} ({low:.3f} to {high:.3f})", f"{row['peak_mib']:.1f}",
             *([", ".join(map(str, paper)) if paper else ""] if subject.family == "sd" else []),
         ])  # fmt: skip
-    return harness.markdown(header, lines)
+    return results.markdown(header, lines)
 
 
 def entropies(rows: list[Row]) -> str:
@@ -92,7 +92,7 @@ def entropies(rows: list[Row]) -> str:
             tokens = {row["train_tokens"]: row["tokens"] for row in of}
             for T, mean in sorted(plots.mean_entropy(of, "train_tokens").items(), reverse=True):
                 lines.append([text_of(size), rule, str(T), str(tokens[T]), f"{mean:.3f}"])
-    return harness.markdown(["width x height", "scale", "T", "N", "mean entropy (nats)"], lines)
+    return results.markdown(["width x height", "scale", "T", "N", "mean entropy (nats)"], lines)
 
 
 def fits(rows: list[Row]) -> str:
@@ -103,7 +103,7 @@ def fits(rows: list[Row]) -> str:
         for T, level in figures.by_level(rows, rule).items()
         if (line := plots.fit_line(list(level), list(level.values())))
     ]  # fmt: skip
-    return harness.markdown(["scale", "T", "slope", "intercept (nats)", "R²"], lines)
+    return results.markdown(["scale", "T", "slope", "intercept (nats)", "R²"], lines)
 
 
 def report(judge: Judge, subject: Subject, rows: list[Row]) -> str:

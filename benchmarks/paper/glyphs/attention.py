@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep; read 
 if __name__ == "__main__":
     sys.path[:0] = map(str, Path(__file__).parents[1:3])  # where evaluation and glyphs are, and harness.py
 
-import harness
+import results
 from evaluation.subjects import Subject, glyphs
 
 IMAGES = 20  # two of each digit
@@ -76,7 +76,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         + [f"{row[name]:.2f}" for name in ("entropy", "deficit", "half_variance")]
         for row in rows
     ]
-    return harness.markdown(["self-attention", "T", "entropy (nats)", "ln T - entropy", "σ² / 2"], lines)
+    return results.markdown(["self-attention", "T", "entropy (nats)", "ln T - entropy", "σ² / 2"], lines)
 
 
 def main() -> None:
@@ -87,9 +87,9 @@ def main() -> None:
         subject = glyphs(arguments.model)
     except ValueError as error:
         parser.error(str(error))
-    with harness.Record(arguments.model / "attention.json", "cpu", images=IMAGES) as record:
+    with results.Record(arguments.model / "attention.json", "cpu", images=IMAGES) as record:
         record.add(*rows_of(subject))
-    harness.write_tables(record.path, record.machine, table(record.rows))
+    results.write_tables(record.path, record.machine, table(record.rows))
 
 
 if __name__ == "__main__":

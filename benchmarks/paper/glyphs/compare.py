@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path[:0] = map(str, Path(__file__).parents[1:3])  # where evaluation and glyphs are, and harness.py
 
 import harness
+import results
 from evaluation import rows as row_files
 from evaluation import rules
 from evaluation.run import key_of
@@ -49,7 +50,7 @@ def read(folder: Path) -> Measured:
     machine, *rows = row_files.read(folder / FILES[2])
     name = f"{training['design']}, {training['steps']} x {training['batch']}"
     cells = {key_of(row): row for row in rows}
-    return Measured(name, parameters, training, harness.load(folder / FILES[1])[1], machine, cells)
+    return Measured(name, parameters, training, results.load(folder / FILES[1])[1], machine, cells)
 
 
 def figures(measured: Measured, size: tuple[int, int], rule: str) -> str:
@@ -78,9 +79,9 @@ def report(folders: list[Path]) -> str:
     designs = [read(folder) for folder in folders]
     header = ["design, steps x batch", "parameters (M)", "self-attention: layers x T", "ln T − entropy, by layer",
               "σ² / 2, by layer", "as trained", *rules.CONTROLS]  # fmt: skip
-    first = harness.markdown(header, [overview(measured) for measured in designs])
+    first = results.markdown(header, [overview(measured) for measured in designs])
     header = ["design, steps x batch", "width x height", *SCALES]
-    second = harness.markdown(header, [line for measured in designs for line in sizes(measured)])
+    second = results.markdown(header, [line for measured in designs for line in sizes(measured)])
     counts = ", ".join(f"{measured.machine['num'] // 2}" for measured in designs)
     return (
         "Frechet distance / recognised (%), at the trained size with multiples of the scale:\n\n"
