@@ -288,13 +288,11 @@ def main() -> None:
             try:
                 rows = measure(shape, dtype, variant, peers, rounds, device)
             except harness.DeviceLostError as error:
-                record.add(
-                    case(shape, dtype, variant)
-                    | {"layers": layers, "way": "all", "status": "lost", "reason": str(error)}
-                )
+                lost = {"layers": layers, "status": "lost", "reason": str(error)}
+                record.add(*(case(shape, dtype, variant) | lost | {"way": way} for way in [*OURS, *peers]))
                 sys.exit(
-                    f"the device stopped working in {variant} {dtype} {layers[0]}: {error}. {len(record.rows)} rows are "
-                    f"in {record.path}; the same command with --resume goes on with the next case"
+                    f"the device stopped working in {variant} {dtype} {layers[0]}: {error}. {len(record.rows)} rows "
+                    f"are in {record.path}; the same command with --resume goes on with the next case"
                 )
             record.add(*(row | {"layers": layers} for row in rows))
             record.machine |= harness.clocks()  # those of a busy device
