@@ -21,7 +21,21 @@ from entropy_attn.kernels.aot import ARCHITECTURES
 # The most stack in bytes that Triton 3.7 may give a thread, in the main loop or not, by the entries of the table of
 # tiles; 0 where an entry is missing. Another version spills elsewhere: there the record is a report.
 BUDGETED = "3.7."
-SPILLS: dict[tuple[str, int], dict[int, int]] = {}
+SPILLS = {
+    ("sm_75", 16): {96: 280, 192: 288, 256: 1328, 512: 1368},
+    ("sm_75", 32): {96: 320, 192: 304, 256: 1472, 512: 5480},
+    ("sm_80", 16): {40: 8, 64: 8, 80: 104, 96: 24, 128: 64, 160: 424, 192: 360},
+    ("sm_80", 32): {64: 16, 160: 248, 192: 24, 256: 112, 512: 1456},
+    ("sm_86", 16): {64: 32, 80: 16, 192: 152},
+    ("sm_86", 32): {128: 96, 192: 168, 256: 216, 512: 1416},
+    ("sm_90", 32): {128: 88, 192: 168, 256: 176, 512: 1432},
+    ("sm_100", 32): {128: 96, 192: 192, 256: 208, 512: 1432},
+    ("sm_120", 16): {128: 16, 192: 144},
+    ("sm_120", 32): {64: 88, 96: 88, 128: 112, 192: 176, 256: 200, 512: 1408},
+    ("gfx942", 32): {512: 532},
+    ("gfx1100", 16): {192: 64, 256: 396, 512: 1064},
+    ("gfx1100", 32): {256: 840, 512: 2168},
+}
 SPILLS_WITH_MASKS = 384
 RECORDS = Path(__file__).parent.parent / "build" / "compile_matrix"
 MAIN_HEAD_DIMS = (40, 64, 80, 128, 160)
