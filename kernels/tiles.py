@@ -37,12 +37,12 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
     "sm_75": {
         16: {
             96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1),
-            256: Tile(32, 16, 8, 1), 512: Tile(16, 16, 8, 1),
+            256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1),
         },
         32: {
             96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1),
-            256: Tile(32, 16, 8, 1),
-            512: Tile(16, 16, 4, 1),
+            256: Tile(16, 16, 8, 1),
+            512: Tile(16, 16, 8, 1),
         },
     },
     # 16 bits up to 192: the fewest cycles a score, ties to the tile that spills least.
