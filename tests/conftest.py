@@ -1,10 +1,13 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; that has to be decided before they are imported."""
+"""Options and fixtures of all tests. Without a GPU, the kernels run in Triton's interpreter.
+
+TRITON_INTERPRET is read at the import of the kernels, so this file sets it before any test imports them.
+"""
 
 import os
 import random
 
-# Threads that spin while they wait bring CPU attention to a crawl as soon as another process wants a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+# OpenMP threads that spin while they wait slow CPU attention down when another process uses a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP reads it once, when torch is imported
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device, and there is none"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,11 @@
-"""Random calls of `entropy_attn.attention`, valid and not, against the definition of attention in float64.
+"""Random calls of `entropy_attn.attention`, valid and invalid, checked against attention in float64.
 
     python tests/fuzz.py --calls 20000 --seed 0 --backend cpu
-    python tests/fuzz.py --seed 0 --only 1234        # one of them again
+    python tests/fuzz.py --seed 0 --only 1234        # repeats one call
 
-Call i of a seed is always the same. The parts are in `fuzzing/`: `calls.py` draws, `source.py` makes the
-tensors, `oracle.py` says what must come out, `broken.py` how a call can be wrong, `shrink.py` makes failures small.
-A failure is printed as it comes, with a program that shows it; the exit code is 1 if there was any.
+Seed, backend and index determine a call. In `fuzzing/`, `calls.py` draws the calls and `source.py` makes their tensors.
+`oracle.py` computes the expected results, `broken.py` lists invalid calls, and `shrink.py` simplifies failing calls.
+A failure is printed at once, with a program that reproduces it. The exit code is 1 if a call failed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-# Threads that spin while they wait bring CPU attention to a crawl as soon as another process wants a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+# OpenMP threads that spin while they wait slow CPU attention down when another process uses a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP reads it once, when torch is imported
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when the kernels are imported
 
 from fuzzing.broken import WAYS
 from fuzzing.calls import Call, draw
@@ -46,9 +46,9 @@ FLAGS = ("return_entropy", "return_lse")
 @dataclass(frozen=True)
 class Failure:
     call: Call
-    kind: str  # what is wrong, without numbers
+    kind: str  # category of the failure, without numbers
     text: str
-    check: str  # Python: what ought to hold
+    check: str  # Python code that shows the failure, usually an assertion
 
     @property
     def program(self) -> str:
@@ -56,7 +56,7 @@ class Failure:
 
 
 def check(call: Call) -> Failure | None:
-    """Make the call, and again with other flags; what is wrong with it, if anything."""
+    """The first failure of a call, or None. A valid call is made twice: with `flags` and with `other_flags`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = build(call)
@@ -159,7 +159,7 @@ def _told(error: Exception) -> str:
 
 
 def shrunk(failure: Failure) -> Failure:
-    """The same kind of failure, of the simplest call."""
+    """A failure of the same kind, of the simplest call that `shrink` finds."""
     last = failure
 
     def fails(call: Call) -> bool:
@@ -178,7 +178,10 @@ def fuzz(
     indices: Iterable[int], seed: int, backend: str = "cpu", device: str = "cpu", say: Callable[[str], None] = print,
     shrinks: int = 25,
 ) -> Counter[str]:  # fmt: skip
-    """Make the calls of these numbers, and say what fails; how often each kind did. Ctrl-C ends it early."""
+    """Make the calls of these indices and pass each failure to `say`. Returns the number of failures of each kind.
+
+    At most `shrinks` failures are printed with a simplified program. Ctrl-C ends the run early and keeps its result.
+    """
     kinds: Counter[str] = Counter()
     known: set[tuple[str, frozenset[str]]] = set()
     try:

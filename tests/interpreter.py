@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, which runs the kernel where there is no GPU. They serve Triton 3.4 to 3.9."""
+"""Patches of Triton's interpreter, which runs the kernel without a GPU. They apply to Triton 3.4 to 3.9."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def to_bfloat16(numbers: np.ndarray) -> np.ndarray:
-    """The bit patterns of the nearest bfloat16, of two as near the even one."""
+    """The bit patterns of the nearest bfloat16 numbers (round to nearest, ties to even)."""
     numbers = np.asarray(numbers).astype(np.float32)
     bits = numbers.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -19,19 +19,19 @@ def to_bfloat16(numbers: np.ndarray) -> np.ndarray:
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """What bit patterns of bfloat16 stand for, in float32."""
+    """The float32 values of bfloat16 bit patterns."""
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
-    """The interpreter without its mistakes; nothing happens where Triton, or what is mended in it, is absent.
+    """Patch the interpreter's defects until the context ends. A missing Triton or a missing method is left alone.
 
-    - A cast to bfloat16 cuts digits off where devices round to the nearest number, and casts between bfloat16 and
-      anything but float32 take bit patterns for numbers.
-    - tl.dot multiplies the bit patterns of bfloat16.
-    - tl.fma rounds the product.
-    - Reductions with a function of one's own go through the elements one at a time, and take minutes.
+    - A cast to bfloat16 truncates, where devices round to nearest. A cast between bfloat16 and any type but float32
+      reads the bit patterns as numbers.
+    - tl.dot multiplies the bit patterns of bfloat16 as numbers.
+    - tl.fma rounds the product before the sum.
+    - tl.reduce with a custom combine function loops over single elements, which takes minutes.
     """
     try:
         import triton.language as tl

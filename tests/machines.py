@@ -1,9 +1,9 @@
-"""Runs the tests as other machines would: other instruction sets, other numbers of threads, other orders.
+"""Run the tests under the settings of other machines: instruction sets, numbers of threads, test orders.
 
     python tests/machines.py [--only NAME ...] [--tests PATH ...] [-- ARGUMENTS OF PYTEST]
 
-What a run says is written to build/machines/NAME.txt. One run after the other; a failure stops none of those after it.
-An environment variable that a processor or a library does not know changes nothing there.
+The output of each run is written to build/machines/NAME.txt. The runs follow one another, and a failed run does not
+stop the others. An environment variable that the processor or the library does not support has no effect.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ OUT = ROOT / "build" / "machines"
 @dataclass(frozen=True)
 class Machine:
     variables: dict[str, str] = field(default_factory=dict)
-    options: tuple[str, ...] = ()  # of pytest
-    prefix: tuple[str, ...] = ()  # of the command
-    background: bool = False  # no input, a session of its own, and Ctrl-C ignored, as the shell has it for `command &`
+    options: tuple[str, ...] = ()  # arguments of pytest
+    prefix: tuple[str, ...] = ()  # command in front, such as nice
+    background: bool = False  # a run like `command &`: no stdin, its own session, SIGINT ignored
 
 
 MACHINES = {
@@ -67,7 +67,7 @@ def ignore_interrupts() -> None:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Run pytest as the machine of this name would; returns its exit status."""
+    """Run pytest under the settings of this machine. Returns its exit status."""
     machine = MACHINES[name]
     prefix = machine.prefix if not machine.prefix or shutil.which(machine.prefix[0]) else ()
     command = [*prefix, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *machine.options, *arguments]
@@ -80,7 +80,7 @@ def run(name: str, arguments: list[str]) -> int:
 
 
 def summary_of(name: str) -> str:
-    """Pytest's last line: how many tests passed and failed."""
+    """Pytest's summary line: the numbers of passed and failed tests."""
     told = [line.strip("= ") for line in file_of(name).read_text().splitlines() if re.search(r" in [\d.]+s\b", line)]
     return told[-1] if told else "see its file"
 

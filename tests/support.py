@@ -1,4 +1,4 @@
-"""Cases that meet every pair of options, the float64 truth about them, and how near to it an answer must be."""
+"""Cases that cover every pair of options, their expected results in float64, and the allowed error of each."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ OPTIONS: dict[str, tuple] = {
     ),
 }  # fmt: skip
 
-# Units of roundoff, each of them a small multiple of what rounding does to random numbers: see `truth`.
+# Allowed errors in units of roundoff, which `truth` explains. Each is a small multiple of the error on random numbers.
 SCORE, WEIGHT, SUM = 6.0, 8.0, 8.0
-STATISTICS = 1e-5  # nats
+STATISTICS = 1e-5  # nats; the absolute part of the allowed error of entropy and LSE
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Case:
 
 
 def pairs(case: Case) -> set[tuple]:
-    """Every two options the case brings together."""
+    """All pairs of option values in the case."""
     values = [(f.name, getattr(case, f.name)) for f in fields(case)]
     return set(itertools.combinations(values, 2))
 
@@ -62,7 +62,7 @@ def all_pairs() -> set[tuple]:
 
 
 def pairwise_cases() -> list[Case]:
-    """Cases in which every two options meet at least once: greedily, the same ones each time."""
+    """Cases that cover every pair of option values. The search is greedy and deterministic."""
     rng = random.Random(0)
     missing = all_pairs()
     cases = []
@@ -80,13 +80,13 @@ def pairwise_cases() -> list[Case]:
 
 @dataclass
 class Inputs:
-    """One case as tensors: what `attention` is called with, and the same in (B, H, N, D) and in numbers."""
+    """The tensors of one case: the arguments of `attention`, and the same inputs with the axes (B, H, N, D)."""
 
     arguments: dict
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    mask: torch.Tensor | None  # as given, or the triangle of causal attention
+    mask: torch.Tensor | None  # the given mask, or the lower triangle of causal attention
     scale: torch.Tensor  # (B, H), float64
 
 
@@ -118,9 +118,9 @@ def make_inputs(case: Case, device: str = "cpu", batch: int = 2) -> Inputs:
 
 
 def _tensor(case: Case, g: torch.Generator, device: str, B: int, H: int, N: int, D: int) -> torch.Tensor:
-    """Random numbers, (B, H, N, D), lying in memory as the case asks; bnhd cases lie so in memory too.
+    """Random numbers of shape (B, H, N, D), in the memory layout of the case. bnhd stores tokens before heads.
 
-    They are moved before they are laid out: what `to` moves to a device is contiguous there.
+    The tensors are moved to the device before they get their strides, because `to` does not keep all strides.
     """
     inner = (N, H) if case.layout == "bnhd" else (H, N)
 
@@ -169,7 +169,7 @@ def _mask(case: Case, g: torch.Generator, B: int, H: int, Nq: int, Nk: int) -> t
 
 
 def _scale(case: Case, g: torch.Generator, B: int, H: int, Nk: int, D: int) -> tuple[dict, torch.Tensor]:
-    """The arguments that give λ, and λ itself as (B, H) numbers."""
+    """The arguments of `attention` that determine λ, and λ itself with shape (B, H)."""
     root = 1 / math.sqrt(D)
     N, T, H_T = max(Nk, 2), 96, 0.4
     ones = torch.ones(B, H, dtype=torch.float64)
@@ -191,7 +191,7 @@ def _scale(case: Case, g: torch.Generator, B: int, H: int, Nk: int, D: int) -> t
 
 @dataclass
 class Truth:
-    """What attention is by its definition, and how far an answer may be from it: of the same shape, for each number."""
+    """Attention from its definition in float64, and the allowed error of each element."""
 
     out: torch.Tensor  # (B, H, Nq, Dv), float64
     entropy: torch.Tensor  # (B, H, Nq), float64
@@ -202,15 +202,15 @@ class Truth:
 
 
 def truth(inputs: Inputs) -> Truth:
-    """Attention in float64 on the same rounded inputs, and bounds that no machine's arithmetic moves.
+    """Attention in float64 on the same rounded inputs, and bounds that do not depend on the machine.
 
-    The bounds are the rounding that the operation must have, followed to its results to first order:
+    The bounds are unavoidable rounding errors, propagated to the results to first order:
 
-    - A score is a sum of rounded products: SCORE units of the terms summed, |q| |k| λ and the bias.
-    - A weight is an exponential: WEIGHT units of itself, which is twice what a GPU's exp2 and division may be off by;
-      one unit of the dtype of the inputs, in which it meets the values; and float16's least number.
-    - The sums of weights and of weighted values: SUM units of the terms, p |v|.
-    - The answer itself is rounded to its dtype.
+    - A score is a sum of rounded products. Its error is SCORE units of its terms, |q| |k| λ and |bias|.
+    - A weight is an exponential. Its error is WEIGHT units of the weight, twice the error of a GPU's exp2 and division.
+      The cast to the input dtype for the product with the values adds one unit and half the smallest subnormal number.
+    - The sums of weights and of weighted values have an error of SUM units of their terms, p |v|.
+    - The output is rounded to its dtype.
     """
     H = inputs.query.shape[1]
     dtype = inputs.query.dtype
@@ -234,8 +234,8 @@ def truth(inputs: Inputs) -> Truth:
 
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     narrow = torch.finfo(dtype).eps / 2
-    least = torch.finfo(dtype).smallest_normal * narrow  # half the step between the smallest numbers
-    off = SCORE * unit * terms * p  # what the scores' rounding makes of the weights
+    least = torch.finfo(dtype).smallest_normal * narrow  # half the smallest subnormal number
+    off = SCORE * unit * terms * p  # error of the weights from the rounding of the scores
     weights = off + (WEIGHT * unit + narrow) * p + least * (p > 0)
     out_bound = weights @ value.abs() + (off.sum(-1, keepdim=True) + WEIGHT * unit) * out.abs()
     out_bound += SUM * unit * (p @ value.abs()) + narrow * out.abs() + least
@@ -249,7 +249,7 @@ def truth(inputs: Inputs) -> Truth:
 
 
 def sdpa_error(inputs: Inputs, expected: Truth) -> float:
-    """The largest error that PyTorch's own attention makes on the CPU in the dtype of the inputs."""
+    """The largest error of PyTorch's SDPA on the CPU in the dtype of the inputs."""
     B, H, Nq, _ = inputs.query.shape
     Nk, group = inputs.key.shape[2], H // inputs.key.shape[1]
     query, key, value = (x.cpu() for x in (inputs.query, inputs.key, inputs.value))
@@ -265,13 +265,13 @@ def sdpa_error(inputs: Inputs, expected: Truth) -> float:
 
 
 def assert_within(name: str, got: torch.Tensor, wanted: torch.Tensor, bound: torch.Tensor, unit: str = "") -> None:
-    """Every number as near to the one wanted as its bound says, and the infinite ones the same."""
+    """Assert that each element is within its bound of `wanted`. Infinite elements must be equal."""
     assert got.shape == wanted.shape, f"{name} has the shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
     got = got.detach().cpu().double()
     finite = wanted.isfinite()
     assert torch.equal(got[~finite], wanted[~finite]), f"{name} is finite where it must not be"
     error = torch.where(finite, (got - wanted).abs(), 0.0)
-    wrong = ~(error <= bound)  # NaN is wrong too
+    wrong = ~(error <= bound)  # NaN compares false, so it counts as wrong
     if wrong.any():
         at = tuple(wrong.nonzero()[(error / bound)[wrong].nan_to_num(math.inf).argmax()].tolist())
         raise AssertionError(
@@ -280,7 +280,7 @@ def assert_within(name: str, got: torch.Tensor, wanted: torch.Tensor, bound: tor
 
 
 def assert_results(result, inputs: Inputs, expected: Truth) -> None:
-    """What `attention` returned, a tensor (B, H, Nq, Dv) or several, against the truth."""
+    """Compare a result of `attention` with the truth. Its out has the axes (B, H, Nq, Dv)."""
     out, entropy, lse = (result, None, None) if isinstance(result, torch.Tensor) else result
     try:
         assert_within("out", out, expected.out, expected.out_bound)
@@ -296,7 +296,7 @@ def assert_results(result, inputs: Inputs, expected: Truth) -> None:
 
 
 def assert_close(case: Case, inputs: Inputs, result, expected: Truth | None = None) -> None:
-    """`result` of the case against the truth: what was asked for, its shapes and dtypes, every number in its bound."""
+    """Compare `result` of the case with the truth: the outputs returned, their shapes and dtypes, and each element."""
     out, entropy, lse = (result, None, None) if isinstance(result, torch.Tensor) else result
     assert (entropy is not None) == inputs.arguments["return_entropy"]
     assert (lse is not None) == inputs.arguments["return_lse"]
@@ -307,13 +307,13 @@ def assert_close(case: Case, inputs: Inputs, result, expected: Truth | None = No
 
 
 def plain_inputs(query, key, value, mask: torch.Tensor | None = None, scale: float | None = None) -> Inputs:
-    """Tensors (B, H, N, D) and a number λ as the inputs of `truth`."""
+    """The inputs of `truth`, from tensors (B, H, N, D) and one λ."""
     B, H, _, D = query.shape
     scale = 1 / math.sqrt(D) if scale is None else scale
     return Inputs({}, query, key, value, mask, torch.full((B, H), scale, dtype=torch.float64))
 
 
 def assert_attends(result, query, key, value, mask: torch.Tensor | None = None, scale: float | None = None) -> None:
-    """What `attention` returned for such inputs against the truth."""
+    """Compare a result of `attention` for tensors (B, H, N, D) and one λ with the truth."""
     inputs = plain_inputs(query, key, value, mask, scale)
     assert_results(result, inputs, truth(inputs))

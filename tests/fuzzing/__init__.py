@@ -1,1 +1,1 @@
-"""Parts of the fuzzer `tests/fuzz.py`: a call as a description, as source text, as the numbers it must give."""
+"""Parts of the fuzzer `tests/fuzz.py`: descriptions of calls, their source text and their expected results."""

@@ -1,4 +1,4 @@
-"""The ways in which a call can be wrong: one thing each, and the arguments that the error may name."""
+"""The invalid calls. Each has one mistake, and the names of the arguments that the error may mention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ FLAGS = ("is_causal", "enable_gqa", "return_entropy", "return_lse")
 
 @dataclass(frozen=True)
 class Way:
-    """`code` spoils `arguments`; in it <B>, <H>, <Nq> and <Nk> stand for sizes, <other> for another dtype."""
+    """One mistake. `code` is Python that makes `arguments` invalid.
+
+    `line` replaces <B>, <H>, <Nq> and <Nk> with sizes, <layout> with the other layout and <other> with another dtype.
+    """
 
     named: tuple[str, ...]
     code: str
@@ -45,7 +48,7 @@ def _not_empty(call: Call) -> bool:
 
 
 def _free(call: Call) -> bool:
-    """Nothing hides keys, so that a mask can be given."""
+    """Whether the call has no mask and is not causal, so that a mask can be added."""
     return not call.mask and not call.causal
 
 
@@ -62,11 +65,11 @@ def _ways_of_inputs() -> None:
         it = f"arguments[{name!r}]"
         for value in ("None", "1.0", f"{it}.tolist()", "np.zeros((1, 1, 1, 8), np.float32)"):
             _set(name, value)
-        # An axis too few or too many, an axis of another size.
+        # One axis too few or too many, or an axis of another size.
         _set(name, f"{it}[0]", _not_empty)
         _set(name, f"{it}.unsqueeze(0)")
         _set(name, f"torch.cat([{it}, {it}])", _not_empty, "query|key|value")
-        # Another dtype, device, layout, class.
+        # Another dtype, device, memory format or class.
         _set(name, f"{it}.to(torch.<other>)", named="query|key|value")
         _set(name, f"{it}.int()", lambda call: not call.poison, "query|key|value")
         _set(name, f"{it}.to(torch.complex64)", named="query|key|value")
@@ -92,12 +95,12 @@ def _ways_of_inputs() -> None:
 
 
 def _shows_its_layout(call: Call) -> bool:
-    """Whether nothing but the heads of query and key, then unequal, shows that the layout is another."""
+    """Whether the other layout gives query and key unequal numbers of heads, and is invalid for no other reason."""
     return call.group == 1 and not call.gqa and call.Nq != call.Nk and call.B > 0 and not call.mask and not call.causal
 
 
 def _subclass(name: str, applies: Callable[[Call], bool] = lambda call: True) -> None:
-    """A class whose numbers are not those in its memory."""
+    """A tensor subclass with its own __torch_function__."""
     code = (
         "arguments[NAME] = arguments[NAME].as_subclass(type('Halved', (torch.Tensor,), {'__torch_function__': "
         "classmethod(lambda cls, f, types, args=(), kwargs=None: torch._C._disabled_torch_function_impl("

@@ -1,4 +1,4 @@
-"""A call of `attention` as a description: what is drawn at random, and made simpler where the call fails."""
+"""Descriptions of calls of `attention`. `draw` makes random ones, and shrink.py simplifies those that fail."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from entropy_attn.kernels.tiles import HEAD_DIMS
 
 T = TypeVar("T")
 LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1e300}
-# Around the edges of blocks, and what lies between them.
+# Lengths at the edges of blocks, and some between.
 LENGTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 300)
 CPU_HEAD_DIMS = (1, 2, 3, 4, 7, 8, 15, 16, 17, 24, 31, 32, 40, 63, 64, 65, 72, 80, 96, 128, 129, 160)
-MULTIPLY_ADDS = 1.5e7  # of a call at most, to get through many calls
-PROGRAMS = 4  # of a call in Triton's interpreter at most
-# What decides λ, and how often: a number, a tensor by its shape, or the rule.
+MULTIPLY_ADDS = 1.5e7  # the maximum of one call, which keeps calls fast
+PROGRAMS = 4  # the maximum of one call in Triton's interpreter
+# The kinds of scale with their frequencies: a number, a tensor of a shape, or the paper's rule.
 SCALES = {
     "none": 6, "float": 6, "int": 1, "np.float32": 1, "np.float64": 1, "()": 2, "(B,)": 2, "(B, H)": 3, "rule": 6,
 }  # fmt: skip
@@ -27,52 +27,52 @@ FORWARDS = (0, 1, 2, 3)  # the axes (B, H, N, D) in their order
 
 @dataclass(frozen=True)
 class Memory:
-    """How a tensor with the axes (B, H, N, D) lies in memory."""
+    """The memory layout of a tensor with the axes (B, H, N, D)."""
 
-    order: tuple[int, ...] = FORWARDS  # its axes, from the farthest apart to the nearest
+    order: tuple[int, ...] = FORWARDS  # the axes, from the largest stride to the smallest
     expand: tuple[int, ...] = ()  # axes with stride 0
-    steps: tuple[int, ...] = (1, 1, 1, 1)  # every how many elements of each axis of a larger tensor
-    skipped: tuple[int, ...] = (0, 0, 0, 0)  # and how many of them come first
-    offset: int = 0  # elements before it in its storage
-    flip: tuple[int, ...] = ()
+    steps: tuple[int, ...] = (1, 1, 1, 1)  # slice steps of the axes of a larger tensor
+    skipped: tuple[int, ...] = (0, 0, 0, 0)  # slice starts of the axes
+    offset: int = 0  # storage offset in elements
+    flip: tuple[int, ...] = ()  # axes reversed by torch.flip
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One of query, key and value."""
+    """The description of query, key or value."""
 
-    kind: str = "normal"  # or "offset", "constant", "whole"
+    kind: str = "normal"  # "normal", "offset", "constant" or "whole"
     size: float = 1.0
     memory: Memory = Memory()
-    dtype: str = ""  # where autocast allows another one than the call's
+    dtype: str = ""  # dtype of this input under autocast, if not the call's
 
 
 @dataclass(frozen=True)
 class Mask:
     dtype: str = "bool"
     axes: int = 2
-    full: tuple[bool, ...] = (False, False, True, True)  # which of B, H, Nq, Nk it has; the others are 1
-    hidden: bool = True  # a part of the entries, anywhere
-    rows: bool = False  # every third query sees no key
-    columns: bool = False  # every third key is seen by no query
-    padding: bool = False  # the last third of the keys is seen by no query
-    everything: bool = False
-    lowest: bool = False  # a part of the entries, and every fourth query's, is the dtype's lowest number
-    size: float = 1.0  # of the numbers in it
+    full: tuple[bool, ...] = (False, False, True, True)  # axes of (B, H, Nq, Nk) without broadcasting
+    hidden: bool = True  # random hidden entries
+    rows: bool = False  # every third query without a visible key
+    columns: bool = False  # every third key hidden from all queries
+    padding: bool = False  # the last third of the keys hidden from all queries
+    everything: bool = False  # all entries hidden
+    lowest: bool = False  # the dtype's lowest number in random entries and in every fourth row
+    size: float = 1.0  # standard deviation of a floating-point mask
     memory: Memory = Memory()
 
 
 @dataclass(frozen=True)
 class Scale:
-    kind: str = "none"  # one of `SCALES`
+    kind: str = "none"  # key of `SCALES`
     size: float = 1.0
-    dtype: str = "float32"  # of a tensor
-    nan: bool = False  # in the last elements of a tensor
-    # The rule: T, N (0: not given) and H_T.
+    dtype: str = "float32"  # dtype of a tensor scale
+    nan: bool = False  # NaN in the last elements of a tensor scale
+    # The arguments of the rule: T, N (0 if not given) and H_T.
     train_tokens: int = 64
     num_tokens: int = 0
     train_entropy: float = 0.0
-    integer: str = ""  # one of `INTEGERS`
+    integer: str = ""  # integer type of T and N, one of `INTEGERS`
 
 
 @dataclass(frozen=True)
@@ -92,39 +92,39 @@ class Call:
     key: Tensor = Tensor()
     value: Tensor = Tensor()
     layout: str = "bhnd"
-    causal: str = ""  # or "is_causal", "causal_upper_left", "causal_lower_right"
+    causal: str = ""  # empty, "is_causal", "causal_upper_left" or "causal_lower_right"
     mask: Mask | None = None
     scale: Scale = Scale()
     flags: tuple[bool, bool] = (False, False)  # return_entropy, return_lse
-    other_flags: tuple[bool, bool] = (True, True)  # of a second call, whose answer must be as right
-    gqa: bool = False  # enable_gqa where it is not needed
-    grad: str = "no_grad"  # or "enable_grad", "inference_mode"
-    requires_grad: bool = False  # the query
-    parameter: bool = False  # key is a torch.nn.Parameter
+    other_flags: tuple[bool, bool] = (True, True)  # return_entropy, return_lse of the second call
+    gqa: bool = False  # enable_gqa with equal numbers of heads
+    grad: str = "no_grad"  # "no_grad", "enable_grad" or "inference_mode"
+    requires_grad: bool = False  # requires_grad of query
+    parameter: bool = False  # key as a torch.nn.Parameter
     autocast: bool = False
     poison: str = ""  # "nan", "inf" or "-inf" in the keys and values that no query sees
-    nan_key: bool = False  # one key, seen by some queries or by all
-    nan_query: bool = False  # one element of one row
-    broken: str = field(default="", metadata={"fixed": True})  # what is wrong with the call, see `broken.py`
+    nan_key: bool = False  # NaN in the middle key
+    nan_query: bool = False  # NaN in one element of query
+    broken: str = field(default="", metadata={"fixed": True})  # the mistake, a key of `broken.WAYS`
 
     @property
     def heads(self) -> int:
         return self.Hkv * self.group
 
     def shape(self, name: str) -> tuple[int, int, int, int]:
-        """(B, H, N, D) of query, key or value, whatever the layout."""
+        """The shape (B, H, N, D) of query, key or value, in every layout."""
         heads, tokens = (self.heads, self.Nq) if name == "query" else (self.Hkv, self.Nk)
         return self.B, heads, tokens, self.Dv if name == "value" else self.D
 
     def mask_shape(self) -> tuple[int, int, int, int]:
-        """Of the mask with all four axes, expanded ones included."""
+        """The shape of the mask with four axes. Expanded axes have their full size."""
         assert self.mask is not None
         sizes = (self.B, self.heads, self.Nq, self.Nk)
         return tuple(n if self.mask.full[a] and a >= 4 - self.mask.axes else 1 for a, n in enumerate(sizes))  # type: ignore[return-value]
 
 
 def is_sound(call: Call) -> bool:
-    """Whether the description means something: a valid call, but for what `broken` names."""
+    """Whether the call is valid, apart from the mistake in `broken`."""
     if call.backend == "triton" and (
         call.dtype == "float64" or call.D not in HEAD_DIMS or call.Dv not in HEAD_DIMS
     ):  # fmt: skip
@@ -158,10 +158,10 @@ def _mask_is_sound(call: Call) -> bool:
 
 
 def _numbers_are_sound(call: Call) -> bool:
-    """Whether every product that leads to a logit is finite in float32, in whichever order they are multiplied."""
+    """Whether every product in a logit is finite in float32, in any order of multiplication."""
     rule = call.scale
     if rule.nan and (call.mask or call.causal == "causal_lower_right" or call.Nk == 0):
-        return False  # whether a row without keys is 0 or NaN then is left open
+        return False  # a row without keys may then be 0 or NaN
     if rule.kind == "rule":
         N = rule.num_tokens or call.Nk
         if min(N, rule.train_tokens) < 2 or rule.train_entropy >= 0.9 * math.log(min(N, rule.train_tokens)):
@@ -178,13 +178,13 @@ def _numbers_are_sound(call: Call) -> bool:
 
 
 def largest(tensor: Tensor, dtype: str) -> float:
-    """No element of the tensor is larger, as good as surely."""
+    """An upper bound of the elements' magnitude: 6 standard deviations for normal numbers."""
     most = {"constant": abs(tensor.size), "offset": abs(tensor.size) + 6}.get(tensor.kind, 6 * abs(tensor.size))
     return min(most, LARGEST[dtype])
 
 
 def draw(seed: int, index: int, backend: str = "cpu", device: str = "cpu", broken: Sequence[str] = ()) -> Call:
-    """Call number `index` of `seed`: always the same. One in four is broken in one of the ways named."""
+    """The call number `index` of `seed`, drawn deterministically. One call in four has a mistake of `broken`."""
     from fuzzing.broken import WAYS
 
     r = random.Random(f"{seed}/{index}/{backend}")
@@ -222,7 +222,7 @@ def _draw(r: random.Random, backend: str, device: str) -> Call:
     grad = r.choice(("no_grad", "enable_grad", "inference_mode"))
     flags = [(False, False), (True, False), (False, True), (True, True)]
     r.shuffle(flags)
-    calm = r.random() < 0.6  # ordinary numbers, which errors show best
+    calm = r.random() < 0.6  # ordinary magnitudes, which show errors best
     query, key, value = (_draw_tensor(r, dtype, autocast, calm) for _ in range(3))
     return Call(
         seed=r.randrange(1000),
@@ -300,7 +300,7 @@ def _draw_mask(r: random.Random, dtype: str) -> Mask:
     def some(share: float) -> bool:
         return r.random() < share
 
-    padding = some(0.25)  # often with nothing else, as a key-padding mask
+    padding = some(0.25)  # often alone, as in a key-padding mask
     return Mask(
         dtype=kind,
         axes=r.choice((2, 3, 4, 4)),

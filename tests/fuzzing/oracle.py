@@ -1,18 +1,18 @@
-"""What a call must give: attention by its definition in float64, and how near an answer has to be.
+"""The expected results of a call: attention from its definition in float64, and the allowed error of each element.
 
-The bounds are worked out for each number from the rounding that no implementation can avoid. With s_j the logits of a
-row, p = softmax(s), and every logit computed with an error of at most δ_j:
+The bounds follow from rounding that no implementation can avoid. The logits of a row are s_j, p = softmax(s), and the
+computed logits s'_j have an error e_j of at most δ_j:
 
-* δ_j: a sum of D products in any order is off by (D/2) ε Σ|q_d k_d| at most; what follows (λ, the mask, the maximum
-  that is taken away, the change to base 2) rounds numbers no larger than |λ q·k|, |mask| and the maximum. Products
-  below the smallest number vanish.
-* A weight is p'_j = p_j exp(e_j) / Σ p exp(e), |e_j| ≤ δ_j: p_j exp(±(δ_j + Δ)) at the outside, Δ = ln Σ p exp(δ),
-  and 1 at most.
-* lse' - lse = ln Σ p exp(e), which is within ±Δ.
-* out' - out = Σ (p' - p) v, plus the rounding of the sums, of p where it is multiplied in the dtype, and of out. Being
-  an average, out' lies between the smallest and the largest v all the same.
-* dH/ds_j = -p_j (s_j - E s). On the way from s to s', p stays below the bound above and s_j - E s moves by
-  δ_j + Σ p'δ + Σ |p' - p||s - E s| at most. Whatever the logits, 0 ≤ H ≤ ln(keys seen).
+* A sum of D products in any order has an error of at most (D/2) ε Σ|q_d k_d|. The later steps (λ, the mask, subtraction
+  of the maximum, the change to base 2) round numbers no larger than |λ q·k|, |mask| and the maximum. Products below the
+  smallest number underflow. δ_j is the sum of these errors.
+* A computed weight is p'_j = p_j exp(e_j) / Σ p exp(e). It lies between p_j exp(-δ_j - Δ) and p_j exp(δ_j + Δ), with
+  Δ = ln Σ p exp(δ). It is at most 1.
+* lse' - lse = ln Σ p exp(e), which lies within ±Δ.
+* out' - out = Σ (p' - p) v, plus the rounding of the sums, of p (where it is cast to the input dtype) and of out.
+  out' is an average, so it also lies between the smallest and the largest v.
+* dH/ds_j = -p_j (s_j - E s). Between s and s', p_j stays below the bound above, and s_j - E s changes by at most
+  δ_j + Σ p'δ + Σ |p' - p||s - E s|. The entropy of any logits satisfies 0 ≤ H ≤ ln(number of visible keys).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fuzzing.calls import Call
 
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 2.0**-149}
-STATISTICS = 1e-5  # nats, of entropy and lse where the logits are exact
+STATISTICS = 1e-5  # nats; the allowed error of entropy and lse where the logits are exact
 
 
 class Within(NamedTuple):
-    """Numbers (NaN and infinities included) and how far from each an answer may be."""
+    """Expected values, with the allowed error of each. The values may be NaN or infinite."""
 
     value: np.ndarray
     bound: np.ndarray
@@ -45,7 +45,7 @@ class Expected(NamedTuple):
 
 
 def cast(call: Call, tensor: torch.Tensor) -> torch.Tensor:
-    """As autocast does it."""
+    """The tensor, cast to bfloat16 if autocast casts it."""
     if call.autocast and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(torch.bfloat16)
     return tensor
@@ -62,7 +62,7 @@ def _expect(call: Call, arguments: dict[str, Any]) -> Expected:
     query, key, value = (numbers(x) for x in given)
     if call.layout == "bnhd":
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    # (B, Hkv, group, N, D): the heads that share keys side by side.
+    # The shape (B, Hkv, group, N, D) groups the query heads that share a key head.
     query = query.reshape(call.B, call.Hkv, call.group, call.Nq, call.D)
     key, value = key[:, :, None], value[:, :, None]
     scale = _scale(call, arguments)
@@ -94,7 +94,7 @@ def _expect(call: Call, arguments: dict[str, Any]) -> Expected:
     hull = np.maximum(out - lowest, highest - out)
     bound = np.minimum(moved, hull) + unit * np.abs(out) + (call.Nk + 32) * eps * size + 2.0**-126 * call.Nk
     bound += SMALLEST[short]
-    if short in ("float16", "bfloat16"):  # p may be rounded
+    if short in ("float16", "bfloat16"):  # p may be rounded to the input dtype
         bound += 2 * unit * size
     if short == "float16":
         bound += SMALLEST[short] * np.abs(value).sum(-2, keepdims=True)
@@ -108,12 +108,12 @@ def _expect(call: Call, arguments: dict[str, Any]) -> Expected:
     lse_bound = Δ + 2 * EPS["float32"] * np.abs(lse) + STATISTICS
 
     def rows(value: np.ndarray, bound: np.ndarray) -> Within:
-        """Rows without keys are exact."""
+        """The rows of all heads. Rows without visible keys have the bound 0."""
         empty = (~seen).reshape(seen.shape + (1,) * (value.ndim - seen.ndim))
         joined = (call.B, call.heads, *value.shape[3:])
         return Within(value.reshape(joined), np.where(empty, 0.0, bound).reshape(joined))
 
-    lse = lse.astype(np.float32).astype(np.float64)  # beyond float32 it is infinite
+    lse = lse.astype(np.float32).astype(np.float64)  # lse may overflow to infinity in float32
     return Expected(dtype, rows(out, bound), rows(entropy, entropy_bound), rows(lse, lse_bound))
 
 
@@ -122,10 +122,10 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _softmax(s: np.ndarray, peak: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(lse, p, ln p); of a row that sees no key -inf, 0 and -inf."""
+    """(lse, p, ln p). A row without visible keys has -inf, 0 and -inf."""
     shift = np.where(np.isneginf(peak), 0.0, peak)
     log_sum = np.log(np.exp(s - shift).sum(-1, keepdims=True))
-    # Not s - lse: next to a mask of -1e38 the logarithm would be lost.
+    # s - lse would lose the logarithm to rounding where the mask is -1e38.
     log_p = np.where(visible, s - shift - log_sum, -np.inf)
     return (shift + log_sum)[..., 0], np.exp(log_p), log_p
 
@@ -136,7 +136,7 @@ def _log_sum_exp(x: np.ndarray) -> np.ndarray:
 
 
 def _scale(call: Call, arguments: dict[str, Any]) -> np.ndarray:
-    """λ, shaped to multiply scores (B, Hkv, group, Nq, Nk)."""
+    """λ, in a shape that broadcasts to the scores (B, Hkv, group, Nq, Nk)."""
     scale = arguments.get("scale")
     if call.scale.kind == "rule":
         N, T, H_T = call.scale.num_tokens or call.Nk, call.scale.train_tokens, call.scale.train_entropy
@@ -151,7 +151,7 @@ def _scale(call: Call, arguments: dict[str, Any]) -> np.ndarray:
 
 
 def _mask(call: Call, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Who sees whom, and what is added, as (B, Hkv, group, Nq, Nk)."""
+    """The visible keys of each query, (B, Hkv, group, Nq, Nk), and the bias, which broadcasts to that shape."""
     shape = (call.B, call.Hkv, call.group, call.Nq, call.Nk)
     visible, bias = np.ones(shape, bool), np.zeros((1, 1, 1, 1, 1))
     if call.causal:
@@ -168,7 +168,7 @@ def _mask(call: Call, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray
 
 
 class Wrong(NamedTuple):
-    """A number that is too far off."""
+    """An element outside its bound."""
 
     place: tuple[int, ...]
     got: float
@@ -177,7 +177,7 @@ class Wrong(NamedTuple):
 
 
 def worst(got: np.ndarray, wanted: Within) -> Wrong | None:
-    """The number that is farthest beyond its bound."""
+    """The element with the largest error relative to its bound, or None if all are within their bounds."""
     value, bound = wanted
     with np.errstate(all="ignore"):
         right = (np.abs(got - value) <= bound) | (got == value) | (np.isnan(got) & np.isnan(value))

@@ -1,4 +1,4 @@
-"""From a call that fails to the simplest that still does."""
+"""Simplify a failing call as long as it fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ATTEMPTS = 250
 
 
 def shrink(call: Call, fails: Callable[[Call], bool]) -> Call:
-    """Greedily: options to their defaults, sizes to 1, 8 or half, as long as the call fails."""
+    """A simpler call that fails, by greedy search: options get their defaults, sizes become 1, 8, half or one less."""
     attempts = 0
     while True:
         for simpler in _simpler(call, Call(seed=0, backend=call.backend, device=call.device)):
@@ -29,7 +29,7 @@ def shrink(call: Call, fails: Callable[[Call], bool]) -> Call:
 
 
 def _simpler(value: Any, default: Any) -> Iterator[Any]:
-    """One step nearer to the default, the longest steps first."""
+    """Values one step nearer to the default, the largest steps first."""
     if value == default:
         return
     if not isinstance(value, Call):
@@ -48,7 +48,7 @@ def _simpler(value: Any, default: Any) -> Iterator[Any]:
 
 
 def traits(value: Any, default: Any = None, name: str = "") -> frozenset[str]:
-    """In which options, sizes aside, a call is not the default one: failures with the same ones are alike."""
+    """The options, except sizes, in which a call differs from the default. Failures with equal traits count once."""
     if dataclasses.is_dataclass(value):
         default = Call(seed=0) if isinstance(value, Call) else type(value)() if default is None else default
         fields = [f.name for f in dataclasses.fields(value) if f.name not in ("seed", "B", "Nq", "Nk", "D", "Dv")]

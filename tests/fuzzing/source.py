@@ -1,4 +1,4 @@
-"""A described call as Python: what the fuzzer runs to get its tensors, and what it prints where the call fails."""
+"""Calls as Python source, which the fuzzer executes to make the tensors and prints when a call fails."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def normal(*shape, seed):
 
 
 def build(call: Call) -> dict[str, Any]:
-    """The arguments of `attention` that the call's lines make."""
+    """The arguments of `attention`, made by executing the call's lines."""
     names: dict[str, Any] = {}
     exec(HEADER + "\n".join(lines(call)), names)
     return names["arguments"]
 
 
 def reproducer(call: Call, check: str) -> str:
-    """A program that makes the call; `check` says in Python what must hold of its `result`."""
+    """A program that makes the call. `check` is Python code about its `result`, usually an assertion."""
     contexts = [f"torch.{call.grad}()"] + ['torch.autocast("cpu", torch.bfloat16)'] * call.autocast
     if call.broken:
         return HEADER + "\n".join((*lines(call), f"with {contexts[0]}:", textwrap.indent(check, "    "), ""))
@@ -42,7 +42,7 @@ def reproducer(call: Call, check: str) -> str:
 
 
 def lines(call: Call) -> list[str]:
-    """Lines that leave the arguments of `attention` in `arguments`."""
+    """Lines of Python that assign the arguments of `attention` to `arguments`."""
     names = ("query", "key", "value")
     made = [_values(call, name, seed) for seed, name in enumerate(names, call.seed)]
     if call.mask is not None:
@@ -108,7 +108,7 @@ def _device(call: Call) -> str:
 
 
 def _held(shape: tuple[int, ...], memory: Memory) -> tuple[int, ...]:
-    """The shape before the expansion of some axes."""
+    """The shape before `expand`, with size 1 in the expanded axes."""
     return tuple(1 if a in memory.expand else n for a, n in enumerate(shape))
 
 
@@ -166,7 +166,7 @@ def _mask(call: Call, mask: Mask) -> list[str]:
 
 
 def _planted(call: Call) -> list[str]:
-    """NaN and infinity where no query sees them, or in a row of query or key."""
+    """Lines that write NaN or infinity to keys and values that no query sees, or NaN to one row of query or key."""
     made = []
     if call.poison:
         where = f":, :, {call.Nq}:"
@@ -210,7 +210,7 @@ def _scale_tensor(call: Call, scale: Scale) -> list[str]:
     if "(" not in scale.kind:
         return []
     shape = {"()": "", "(B,)": f"{call.B}, ", "(B, H)": f"{call.heads}, {call.B}, "}[scale.kind]
-    turned = ".T" if scale.kind == "(B, H)" else ""  # heads lie farther apart than samples
+    turned = ".T" if scale.kind == "(B, H)" else ""  # heads have a larger stride than the batch
     numbers = f"(normal({shape}seed={call.seed + 6}){turned} * {scale.size!r})"
     made = [f"scale = {numbers}.to({_device(call)}torch.{scale.dtype})"]
     if scale.nan:
