@@ -1,9 +1,9 @@
-"""Adapt a text-to-image pipeline with one line, and see what it changes: the same seed with 1/√d and with λ.
+"""Adapt a text-to-image pipeline with one line, and compare images of the same seed with scale 1/√d and with λ.
 
     python examples/adapt_pipeline.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --height 224 --width 224 --out image.png
 
-The left half of the image is the pipeline as it is, the right half the adapted one.
+The left half of the picture comes from the original pipeline, the right half from the adapted one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""λ and the entropy in a UNet of one's own: `attention()` in plain PyTorch, and a processor for Diffusers' modules.
+"""λ and entropy in a custom UNet: `attention()` in a PyTorch module, and an attention processor for Diffusers.
 
     python examples/custom_unet.py
 
-Random weights and no download: it shows the calls, not an image.
+The weights are random, and nothing is downloaded. The example shows the calls and saves no image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from entropy_attn import attention
 from entropy_attn.diffusers import EntropyAttnProcessor
 
-TRAIN_SIZE = 32  # height and width of the images or latents
+TRAIN_SIZE = 32  # height and width of the training images or latents
 
 
 class SelfAttention(nn.Module):
@@ -35,7 +35,7 @@ class SelfAttention(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """Two levels with self-attention; each has a T of its own."""
+    """A UNet with self-attention at two levels. Each level has its own T."""
 
     def __init__(self, channels: int = 32):
         super().__init__()
@@ -52,7 +52,7 @@ class SmallUNet(nn.Module):
 
 
 def diffusers_unet(entropies: list[torch.Tensor]) -> UNet2DConditionModel:
-    """A UNet of Diffusers, of the same two levels, whose self-attention appends its entropy to `entropies`."""
+    """A Diffusers UNet with the same two levels. Its self-attention appends its entropy to `entropies`."""
     unet = UNet2DConditionModel(
         sample_size=TRAIN_SIZE, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=4,
         cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -64,7 +64,7 @@ def diffusers_unet(entropies: list[torch.Tensor]) -> UNet2DConditionModel:
         processors[name] = (
             EntropyAttnProcessor(train_tokens, on_entropy=lambda attn, entropy: entropies.append(entropy))
             if name.endswith("attn1.processor")
-            else EntropyAttnProcessor()  # cross-attention: its keys are text, as many at every size
+            else EntropyAttnProcessor()  # cross-attention: the number of text keys is fixed
         )
     unet.set_attn_processor(processors)
     return unet

@@ -1,11 +1,11 @@
-"""Beyond the paper: calibrate a pipeline, and bring the entropy at another size to that of the size it was trained at.
+"""Beyond the paper: calibrate a pipeline, and match its entropy at another size to that at its trained size.
 
     python examples/match_entropy.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --height 768 --width 768
 
-Prints ln N and H_T, the calibrated entropy, of each layer beside its entropy with 1/√d, with the paper's λ, with the
-calibrated λ and with entropy matching. A nearer entropy is not yet a better image: on small models of ours matching
-was the strongest of these at some sizes and harmful at others, above all where ln N <= H_T, which is marked with a *:
-no scale reaches H_T there. So it is off by default.
+The script prints a table of layers: ln N, the calibrated entropy H_T, and the entropy with 1/√d, with the paper's λ,
+with the calibrated λ and with entropy matching. A nearer entropy does not imply a better image. On our small models,
+matching was the strongest of these at some sizes and harmful at others, above all where ln N <= H_T. No scale reaches
+H_T there, and the table marks H_T with a *. So matching is off by default.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = No
 
     saved = given.out / "calibration.json"
     if not saved.exists():
-        generator = torch.Generator().manual_seed(1)  # other noise than that of the images
+        generator = torch.Generator().manual_seed(1)  # other noise than the images start from
         entropy_attn.calibrate(pipe, given.prompts, num_inference_steps=given.steps, generator=generator).save(saved)
     trained = Calibration.load(saved, pipe).models[0].entropy
     ways = {
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = No
     print(f"{'layer':64} {'ln N':>8} {'H_T':>8}  " + " ".join(f"{way:>10}" for way in ways))
     for rows in zip(*tables, strict=True):
         layer, log_tokens = rows[0]["layer"], math.log(rows[0]["tokens"])
-        wanted = trained[layer.partition(".")[2]]  # without the name of the pipeline's component
+        wanted = trained[layer.partition(".")[2]]  # the layer's name without the pipeline's component
         found = " ".join(f"{row['entropy']:10.3f}" for row in rows)
         print(f"{layer:64} {log_tokens:8.3f} {wanted:8.3f}{'*' if log_tokens <= wanted else ' '} {found}")
     side_by_side(images).save(given.out / "matched.png")

@@ -2,7 +2,7 @@
 
     python examples/record_entropy.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --sizes 224 384 448 512 768
 
-writes entropy.png (entropy against ln N with its fit, and entropy of each layer) and entropy.json.
+The script writes entropy.png (entropy against ln N with a fitted line, entropy of each layer) and entropy.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = No
                     generator = torch.Generator().manual_seed(0)
                     options = {"num_inference_steps": given.steps, "generator": generator, "output_type": "latent"}
                     pipe(given.prompt, height=size, width=size, **options)
-                    record.to_json(given.out / "entropy.json")  # what is done is kept
+                    record.to_json(given.out / "entropy.json")  # finished runs survive an interrupt
                     progress.update()
     record.plot(given.out / "entropy.png")
     print(record.table())

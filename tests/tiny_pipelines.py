@@ -1,7 +1,7 @@
-"""Diffusers pipelines with random weights, built offline: true layer names and token counts, a few channels.
+"""Diffusers pipelines with random weights and few channels, built offline.
 
-`SD15`, `SD21`, `LDM` and `SDXL` have the depth and the blocks of the released models, so that their layers, levels and
-numbers of tokens are the true ones.
+`sd15`, `sd21`, `ldm` and `sdxl` have the depth and the blocks of the released models. Their layer names, levels and
+numbers of tokens are those of the released models.
 """
 
 import os
@@ -30,7 +30,7 @@ PROMPT = "a red fox"
 
 
 def tokenizer(length=77):
-    """Bytes for tokens; it stands in for those of CLIP, T5 and BERT."""
+    """A byte-level tokenizer that replaces those of CLIP, T5 and BERT."""
     names = ["<pad>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]  # CLIP pools at the highest id
     vocabulary = {name: i for i, name in enumerate(names)}
     inner = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -67,7 +67,7 @@ def bert():
 
 
 def vae(levels=4, latent_channels=4, **options):
-    """`levels` of them halve the image levels - 1 times. The middle block holds one attention, of head dim 8."""
+    """A VAE that halves the image levels - 1 times. Its middle block has one attention layer, of head dim 8."""
     return _seeded(
         AutoencoderKL, sample_size=32, block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=2,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
@@ -86,7 +86,7 @@ def ddim():
 
 
 def unet(sample_size=64, depth="real", **options):
-    """The UNet of SD 1.5 and LDM; with ``depth="two levels"`` a quick one, with attention at a half of the latent."""
+    """The UNet of SD 1.5 and LDM. ``depth="two levels"`` builds a quick one, with attention at half the latent size."""
     real = depth == "real"
     arguments = {
         "sample_size": sample_size, "cross_attention_dim": 32, "norm_num_groups": 2, "attention_head_dim": 2,
@@ -100,7 +100,7 @@ def unet(sample_size=64, depth="real", **options):
 
 
 def sd(unet_model=None, cls=None, **components):
-    """Stable Diffusion 1.5; the quick UNet unless another is given."""
+    """A Stable Diffusion 1.5 pipeline, with the quick UNet by default."""
     return _quiet(
         (cls or diffusers.StableDiffusionPipeline)(
             vae=vae(), text_encoder=clip(), tokenizer=tokenizer(), scheduler=ddim(), safety_checker=None,
@@ -115,7 +115,7 @@ def sd15():
 
 
 def sd21():
-    """The 768 v-model: linear projections, and a number of heads for each level."""
+    """Stable Diffusion 2.1 for 768 pixels: linear projections, and a number of heads for each level."""
     return sd(unet(96, attention_head_dim=(1, 2, 4, 4), use_linear_projection=True, upcast_attention=True))
 
 
@@ -128,7 +128,7 @@ def ldm():
 
 
 def unet_sdxl():
-    """No attention at the first level; 2 and 10 transformer layers at the others."""
+    """The UNet of SDXL: no attention at the first level, 2 and 10 transformer layers at the others."""
     return unet(
         128, block_out_channels=(8, 16, 32), attention_head_dim=(1, 2, 4), transformer_layers_per_block=(1, 2, 10),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -156,7 +156,7 @@ def sd_controlnet():
 
 
 def sd3(dual=(0,), qk_norm="rms_norm"):
-    """SD 3.5 medium: norms of query and key, and a second, image-only self-attention (attn2) in the layers `dual`."""
+    """SD 3.5 medium: QK norm, and a second, image-only self-attention (attn2) in the layers `dual`."""
     transformer = _seeded(
         diffusers.SD3Transformer2DModel, sample_size=128, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
         attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=64,
@@ -218,7 +218,7 @@ def hunyuan():
 
 
 def lumina():
-    """Its pipeline applies the paper's rule by itself unless called with proportional_attn=False."""
+    """Lumina-Next. Its pipeline applies the paper's rule itself unless called with proportional_attn=False."""
     transformer = _seeded(
         diffusers.LuminaNextDiT2DModel, sample_size=128, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
         num_attention_heads=3, num_kv_heads=1, multiple_of=16, ffn_dim_multiplier=None, norm_eps=1e-5,
@@ -233,7 +233,7 @@ def lumina():
 
 
 def lumina2():
-    """It has no text encoder: `call` passes embeddings."""
+    """Lumina 2 without a text encoder: `call` passes embeddings."""
     transformer = _seeded(
         diffusers.Lumina2Transformer2DModel, sample_size=128, patch_size=2, in_channels=4, hidden_size=16,
         num_layers=2, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16,
@@ -265,7 +265,7 @@ def wan_transformer():
 
 
 def sana_transformer():
-    """Linear self-attention: nothing to scale."""
+    """Sana. Its self-attention is linear and has no softmax scale."""
     return _seeded(
         diffusers.SanaTransformer2DModel, patch_size=1, in_channels=4, out_channels=4, num_layers=1,
         num_attention_heads=2, attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4,
@@ -280,7 +280,7 @@ PIPELINES = {
 
 
 def call(pipe, height=None, width=None, steps=2, seed=0, **options):
-    """The latents, or the image with another output_type, of a short run; with every pipeline's own quirks."""
+    """The latents of a short run, or the image with another output_type. Each pipeline gets the arguments it needs."""
     arguments = {
         "prompt": PROMPT, "height": height, "width": width, "num_inference_steps": steps,
         "generator": torch.Generator().manual_seed(seed), "output_type": "latent",
