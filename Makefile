@@ -1,38 +1,38 @@
-# Each target sets up its environment by itself.
+# Each target creates the environment that it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: test test-slow test-gpu test-oldest test-newest test-machines fuzz bench demo lint clean
 
-# Everything that needs no GPU.
+# The tests that need no GPU, without the slow ones.
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# What takes minutes: the whole compile matrix, Inductor (which needs a C++ compiler), every way of installing.
+# The slow tests: the whole compile matrix, Inductor (which needs a C++ compiler), every way of installing.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# The same cases on a CUDA or ROCm device.
+# The tests on a CUDA or ROCm device.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
 
-# The tests with the oldest versions that the README names, and with the newest. Each downloads several GB once.
+# The tests with the oldest supported dependencies, and with the newest. Each environment downloads several GB once.
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest
 
 test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest
 
-# The tests under the arithmetic of other processors.
+# The tests under other instruction sets, numbers of threads and test orders.
 test-machines: $(READY)
 	$(BIN)/python tests/machines.py
 
-# Random calls, valid and not, against the definition in float64.
+# Random calls, valid and invalid, checked against attention in float64.
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py
 
-# What this machine can run. The scripts that need a GPU say so and are passed over without one.
+# The benchmarks that this machine can run. throughput.py exits with status 2 where there is no GPU.
 bench: $(READY)
 	$(BIN)/python benchmarks/host_overhead.py
 	$(BIN)/python benchmarks/cpu.py
@@ -41,7 +41,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/compile_report.py
 	$(BIN)/python benchmarks/throughput.py || test $$? -eq 2
 
-# The picture of the README, in demo.png.
+# Draws the README's picture to demo.png.
 demo: $(READY)
 	$(BIN)/python benchmarks/paper/demo.py --out demo.png
 
@@ -56,7 +56,7 @@ clean:
 .venv/.ready: constraints.txt
 .venv-oldest/.ready: constraints-oldest.txt
 .venv-newest/.ready: constraints-newest.txt
-# -qq leaves pip's errors and drops its notes.
+# -qq hides all output of pip but errors.
 %/.ready: pyproject.toml setup.cfg
 	@echo "Setting up $* with the versions of $(filter constraints%,$^)"
 	@$(PYTHON) -m venv $*
