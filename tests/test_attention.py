@@ -1,4 +1,4 @@
-"""Every backend against float64, in cases in which every two options meet."""
+"""Every backend against float64, in cases that cover every pair of options."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from support import OPTIONS, Case, all_pairs, assert_close, make_inputs, pairs, 
 from entropy_attn import attention
 
 CASES = pairwise_cases()
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel runs there, in test_gpu.py")
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the kernel on it")
 
 
 def test_every_two_options_meet():
@@ -22,7 +22,7 @@ def test_every_two_options_meet():
 @pytest.mark.parametrize("layout", OPTIONS["layout"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_tensors_lie_in_memory_as_asked(memory, layout, device):
-    """The strides of (B, H, N, D), on a device as on the CPU."""
+    """The inputs have the strides of the case, on the CPU and on the meta device."""
     case = dataclasses.replace(CASES[0], memory=memory, layout=layout, lengths=(7, 77), heads=(4, 2), head_dim=40)
     B, H, N, D = 2, 4, 7, 40
     token, head = (H * D, D) if layout == "bnhd" else (D, N * D)

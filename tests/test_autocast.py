@@ -1,4 +1,4 @@
-"""Under torch.autocast the inputs are cast as SDPA's are, whatever is asked for and however the call is made."""
+"""Under torch.autocast, `attention` casts its inputs as SDPA does, with all outputs and in every kind of call."""
 
 import contextlib
 
@@ -67,7 +67,7 @@ def test_mixed_inputs(which, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool])
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_masks(dtype, options):
-    """SDPA casts a floating mask too."""
+    """SDPA casts a floating-point mask too."""
     mask = torch.randn(33, 33, generator=torch.Generator().manual_seed(9))
     mask = mask > 0 if dtype == torch.bool else mask.to(dtype)
     inputs = qkv()
@@ -100,7 +100,7 @@ def test_compiled(options):
 
 @contextlib.contextmanager
 def autocast_of_a_gpu(low):
-    """torch.autocast("cuda"), which without a GPU switches itself off."""
+    """Like torch.autocast("cuda"), which disables itself without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", low)
@@ -114,12 +114,12 @@ def autocast_of_a_gpu(low):
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_on_a_gpu_by_its_dispatch_keys(options, low):
-    """Fake tensors of a GPU take the way of real ones through the dispatcher, up to the kernel."""
+    """Fake CUDA tensors have the dispatch keys of real ones, and take the same path up to the kernel."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [torch.empty(2, 2, 33, 16, device="cuda") for _ in range(3)]
         with autocast_of_a_gpu(low):
             result = attention(*inputs, **options)
-            # No cast where it is not enabled for the device.
+            # Autocast for CUDA does not cast CPU tensors.
             assert out_of(attention(*(torch.empty(2, 2, 33, 16) for _ in range(3)))).dtype == torch.float32
         assert out_of(result).dtype == low
         assert out_of(result).device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The benchmark scripts, on shapes small enough for a test; what they time is not judged."""
+"""The benchmark scripts on small shapes. The tests do not judge the times."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ SCRIPTS = sorted(
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """A benchmark as a module; like scripts, they find one another."""
+    """Imports a benchmark as a module. Like scripts, benchmarks can import one another."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
     for path in BENCHMARKS.glob("*.py"):
@@ -40,7 +40,7 @@ def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def rows_of(done: subprocess.CompletedProcess, json_file: Path) -> list[dict]:
-    """The rows of a run that has also written a table and at least one picture."""
+    """The rows of a run. The run must also have written a table and at least one picture."""
     assert done.returncode == 0, done.stderr
     saved = json.loads(json_file.read_text())
     assert {"date", "device", "threads", "torch", "entropy_attn"} <= set(saved["machine"])
@@ -63,7 +63,7 @@ def test_help(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error without a GPU")
 def test_throughput_names_what_it_needs(tmp_path):
     done = run("throughput", cwd=tmp_path)
     assert done.returncode == 2
@@ -78,7 +78,7 @@ def test_throughput_on_the_cpu(tmp_path):
     assert {row["way"] for row in rows} == {"ours", "ours+entropy", "sdpa", "sdpa-flash", "sdpa-math"}
     assert {row["variant"] for row in rows} == {"plain", "bias", "scale", "causal"}
     assert {row["kind"] for row in rows if row["variant"] == "causal"} == {"self", "square"}
-    assert {"SD1.5 64x64", "LDM 64x64"} in [set(row["layers"]) for row in rows]  # the same shape is timed once
+    assert {"SD1.5 64x64", "LDM 64x64"} in [set(row["layers"]) for row in rows]  # equal shapes are timed once
     for row in rows:
         assert row["status"] == "ok", row
         assert row["ms_low"] <= row["ms"] <= row["ms_high"]
@@ -149,7 +149,7 @@ def test_a_way_that_fails_while_timed_is_its_own(benchmark, monkeypatch):
 
 
 def test_a_lost_device_ends_the_run_and_is_continued(benchmark, monkeypatch, tmp_path):
-    """The case that lost it is passed over by --resume; finished cases are not measured again."""
+    """--resume skips the case that lost the device, and does not measure finished cases again."""
     throughput = benchmark("throughput")
     harness, saved = throughput.harness, throughput.results
     out = tmp_path / "rows.json"
@@ -169,7 +169,7 @@ def test_a_lost_device_ends_the_run_and_is_continued(benchmark, monkeypatch, tmp
     assert [row["status"] for row in saved.load(out)[1]] == ["ok"] * 3 + ["lost"] * 3
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
     throughput.main()
-    assert seen == [16, 24, 32, 16, 24, 32]  # of head dim 64, of which two were seen, and of 128
+    assert seen == [16, 24, 32, 16, 24, 32]  # head dim 64, with a loss after 24, then head dim 128
     rows = saved.load(out)[1]
     assert len(rows) == 3 * 6
     assert "- ours: AcceleratorError" in out.with_suffix(".md").read_text()
@@ -197,7 +197,7 @@ def test_shapes_are_those_of_the_models(benchmark):
         ("self", 8, 4096, 4096, 40), ("self", 8, 1024, 1024, 80), ("self", 8, 256, 256, 160), ("self", 8, 64, 64, 160)
     }  # fmt: skip
     assert ("cross", 8, 36 * 64, 77, 40) in tokens(["SD1.5"], [(512, 288)], [])
-    assert ("self", 20, 5 * 8, 5 * 8, 64) in tokens(["SD2.1"], [(512, 288)], [])  # rounded up
+    assert ("self", 20, 5 * 8, 5 * 8, 64) in tokens(["SD2.1"], [(512, 288)], [])  # odd latent sizes are rounded up
     assert tokens(["SDXL"], [(1024, 1024)], []) < tokens(["SD2.1", "SDXL"], [(1024, 1024)], [])
     assert tokens(["SD3", "Flux"], [(1024, 1024)], []) == {
         ("joint", 24, 4096 + 333, 4096 + 333, 64), ("joint", 24, 4096 + 512, 4096 + 512, 128)
@@ -215,7 +215,7 @@ def test_entropy_cost(tmp_path):
     }
     assert all(row["entropy_error"] < 1e-4 for row in rows if row["way"] != "SDPA, no entropy")
     memory = {row["way"]: row["peak_mib"] for row in rows if row["N"] == 600}
-    assert memory["softmax held"] > memory["same pass"] > 600 * 2 * 64 * 4 / 2**20  # at least the output
+    assert memory["softmax held"] > memory["same pass"] > 600 * 2 * 64 * 4 / 2**20  # the output alone
 
 
 def test_cpu(tmp_path):
@@ -238,7 +238,7 @@ def test_cpu_busy(tmp_path):
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """The processor time of a process so far, None if it has ended."""
+    """The CPU time of a process in seconds, or None if the process has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
@@ -253,7 +253,7 @@ def wait_until(true) -> bool:
     return true()
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processor times are read from /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the test reads CPU times from /proc")
 
 
 @needs_proc
@@ -267,14 +267,14 @@ def test_busy_processes_compute_until_they_are_stopped(benchmark, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", noting)
     with cpu.busy(2):
         assert len(started) == 2
-        assert wait_until(lambda: all(cpu_seconds(process.pid) > 0.3 for process in started))  # starting takes less
+        assert wait_until(lambda: all(cpu_seconds(process.pid) > 0.3 for process in started))  # startup takes less
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
 
 
 @needs_proc
 @pytest.mark.parametrize("age", [0, 1])
 def test_a_busy_process_ends_with_its_parent(benchmark, age):
-    """Seconds before it is killed: the child is just starting, or at work."""
+    """The parent is killed `age` seconds after the child's start. The child is then starting up, or already busy."""
     code = (
         "import os, subprocess, sys\n"
         "command = [sys.executable, '-c', sys.argv[1], str(os.getpid())]\n"
@@ -301,12 +301,13 @@ def test_a_busy_process_that_ends_early_is_an_error(benchmark, monkeypatch):
         time.sleep(2)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C goes to every process of a console there")
+@pytest.mark.skipif(sys.platform == "win32", reason="on Windows, Ctrl-C goes to every process of the console")
 def test_ctrl_c_keeps_the_rows_and_says_so(tmp_path):
     path = tmp_path / "rows.json"
     arguments = ["--device", "cpu", "--tokens", *(["16"] * 10_000), "--rounds", "3", "--out", path]
     command = [sys.executable, BENCHMARKS / "entropy_cost.py", *arguments]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it, and pass that on)
+    # Background jobs ignore SIGINT, and their child processes inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         while not path.exists() and process.poll() is None:
@@ -348,5 +349,5 @@ def test_ways_run_in_turn(benchmark):
     order: list[str] = []
     ways = {name: lambda name=name: order.append(name) for name in ("one", "other")}
     times = benchmark("harness").interleaved(ways, rounds=2)
-    assert order == 3 * ["one", "other"]  # the first round is to warm up
+    assert order == 3 * ["one", "other"]  # the first round is a warm-up
     assert {name: len(taken) for name, taken in times.items()} == {"one": 2, "other": 2}

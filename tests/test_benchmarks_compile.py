@@ -1,4 +1,4 @@
-"""What the compile report reads from machine code, and how tune.py chooses tiles; neither needs a GPU."""
+"""What the compile report reads from machine code, and how tune.py chooses tiles. No test needs a GPU."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ from entropy_attn.kernels import tiles
 MOST_SPILLS = 0
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-# A spill before the loops; a loop with a nested wait, a forward jump and a part that lies behind the end; the loop over
-# the last keys with as many matrix instructions, but no asynchronous copies; a loop without any.
+# A listing with a spill before its loops. The main loop has a nested wait, a forward jump and a part after EXIT. The
+# loop over the last keys has as many matrix instructions, but no asynchronous copies. The third loop has neither.
 SASS = """
         /*0000*/                   STL [R1], R2 ;
         /*0010*/               @P0 BRA `(.L_x_4) ;
@@ -61,7 +61,7 @@ SASS = """
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """The scripts import each other by name; what tune.py sets in the environment goes away again."""
+    """Lets the scripts import one another by name, and resets the environment variable that tune.py sets."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("ENTROPY_ATTN_TILES", "")
 
@@ -92,14 +92,14 @@ def test_loops_of_a_listing():
 
     instructions, labels = sass.parse(SASS)
     heads = {min(loop, key=lambda i: (i not in labels.values(), i)) for loop in sass.find_loops(instructions, labels)}
-    assert heads == {labels[f".L_x_{n}"] for n in (1, 2, 4, 5)}  # the last, which nothing reaches, is none
+    assert heads == {labels[f".L_x_{n}"] for n in (1, 2, 4, 5)}  # .L_x_8 is unreachable, so it is no loop
 
 
 def test_ties_of_main_loops():
     import sass
 
     without_copies = SASS.replace("LDGSTS.E.BYPASS.128", "LDG.E.128")
-    assert any(i.name == "LDG.E.128" for i in sass.main_loop(without_copies))  # the first
+    assert any(i.name == "LDG.E.128" for i in sass.main_loop(without_copies))  # the first loop wins the tie
     assert not any("HMMA" in i.name for i in sass.main_loop(SASS.replace("HMMA.16816.F32", "IADD3")))
     with pytest.raises(ValueError, match="no loop with matrix instructions"):
         sass.main_loop("        /*0000*/                   EXIT ;")
@@ -124,14 +124,14 @@ def test_groups(text, group):
 
 @pytest.mark.parametrize(
     ("arguments", "programs"),
-    [(("sm_80", 255, 4, 32 << 10), 2),  # 2 warps a partition
-     (("sm_80", 128, 4, 40 << 10), 4),  # 4 warps a partition; 164 / 41 = 4
-     (("sm_80", 32, 1, 0), 32),  # 64 warps have room, 32 programs are the most
-     (("sm_80", 168, 8, 0), 1),  # 3 warps a partition, 12 of 16
-     (("sm_86", 64, 4, 49 << 10), 2),  # 100 / (49 + 1)
-     (("sm_75", 64, 8, 0), 4),  # 32 warps
-     (("sm_86", 64, 4, 100 << 10), 0),  # more than a program may have
-     (("sm_100", 64, 4, 0, 256), 2)],  # columns of tensor memory
+    [(("sm_80", 255, 4, 32 << 10), 2),  # registers: 2 warps a partition
+     (("sm_80", 128, 4, 40 << 10), 4),  # registers: 4 warps a partition; shared memory: 164 / 41 = 4
+     (("sm_80", 32, 1, 0), 32),  # the limit of 32 programs; registers: 64 warps
+     (("sm_80", 168, 8, 0), 1),  # registers: 3 warps a partition, 12 of the 16 of two programs
+     (("sm_86", 64, 4, 49 << 10), 2),  # shared memory: 100 / (49 + 1)
+     (("sm_75", 64, 8, 0), 4),  # the limit of 32 warps
+     (("sm_86", 64, 4, 100 << 10), 0),  # more shared memory than a program may have
+     (("sm_100", 64, 4, 0, 256), 2)],  # tensor memory: 512 / 256 columns
 )  # fmt: skip
 def test_occupancy(arguments, programs):
     from occupancy import occupancy
@@ -152,7 +152,7 @@ def test_report_of_a_tile(tmp_path):
     lines = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=True).stdout
     tile = tiles.find_tile("sm_80", "float16", 64)
     scores = tile.block_m * tile.block_n // (32 * tile.num_warps)
-    rows_of_a_thread = tile.block_m // (8 * tile.num_warps)  # of matrix products of 16 x 8, eight threads to a row
+    rows_of_a_thread = tile.block_m // (8 * tile.num_warps)  # a matrix product of 16 x 8 gives each thread 2 rows
     for row, resources in zip(saved["rows"], map(json.loads, lines.splitlines()), strict=True):
         assert row["status"] == "compiled, not timed"
         assert row["entropy"] == resources["entropy"]
@@ -195,7 +195,7 @@ def test_candidates():
 FAST, SLOW, BROKEN, UNFIT = (tiles.Tile(32, n, 2, 1) for n in (32, 16, 48, 256))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the tiles in Triton's interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test runs the tiles in Triton's interpreter")
 @pytest.mark.parametrize(("milliseconds", "winner"), [(0.9, FAST), (0.99, SLOW)])
 def test_selection(tmp_path, monkeypatch, milliseconds, winner):
     import candidates
@@ -258,7 +258,7 @@ def test_file_of_tiles(tmp_path):
     candidates.store(path, "sm_80", "float16", 64, FAST)
     candidates.store(path, "sm_80", "float16", 40, SLOW)
     candidates.store(path, "sm_80", "bfloat16", 128, SLOW)
-    # 56 is padded to 64 like 64, 48 to 32 + 16 like 40.
+    # Head dim 56 is padded to 64, like 64. Head dim 48 is padded to 32 + 16, like 40.
     expected = before | dict.fromkeys((56, 64), FAST) | dict.fromkeys((40, 48), SLOW)
     now = {d: tiles.find_tile("sm_80", "float16", d) for d in tiles.HEAD_DIMS}
     assert {d: dataclasses.asdict(t) for d, t in now.items()} == {d: dataclasses.asdict(t) for d, t in expected.items()}

@@ -1,6 +1,6 @@
-"""The kernel compiled ahead of time for every architecture: that each tile fits, and what it costs.
+"""The kernel compiled ahead of time for every architecture, with limits on shared memory and register spills.
 
-The binaries' registers, spills and shared memory are recorded in build/compile_matrix/.
+The registers, spills and shared memory of each binary are written to build/compile_matrix/.
 """
 
 import json
@@ -18,8 +18,8 @@ import triton
 from entropy_attn.kernels import config, tiles
 from entropy_attn.kernels.aot import ARCHITECTURES
 
-# The most stack in bytes that Triton 3.7 may give a thread, in the main loop or not, by the entries of the table of
-# tiles; 0 where an entry is missing. Another version spills elsewhere: there the record is a report.
+# The spill budget: the most bytes of stack per thread with Triton 3.7, for each entry of the table of tiles. A missing
+# entry allows 0 bytes. Spills outside the main loop count too. Other Triton versions have no budget.
 BUDGETED = "3.7."
 SPILLS = {
     ("sm_75", 16): {96: 280, 192: 288, 256: 168, 512: 1368},
@@ -43,7 +43,7 @@ HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
 
 
 def compile_all(architecture: str, dtype: str, head_dims: tuple[int, ...], *options: str) -> list[dict]:
-    """In a process of its own: in this one, Triton's interpreter may stand in for the compiler."""
+    """Compiles in a separate process, because this one may use Triton's interpreter instead of the compiler."""
     command = [sys.executable, "-m", "entropy_attn.kernels.aot", "--architecture", architecture, "--dtype", dtype]
     command += ["--head-dim", *map(str, head_dims), *options]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ENTROPY_ATTN_TILES")}

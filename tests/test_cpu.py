@@ -1,4 +1,4 @@
-"""The CPU backend: when PyTorch's SDPA is asked and when it is not, and the threads that do the rest."""
+"""The CPU backend: the calls that it passes to PyTorch's SDPA, its own computation and its threads."""
 
 import math
 import os
@@ -24,7 +24,7 @@ def qkv(Nq=70, Nk=90, D=16, H=2):
 
 
 def check(*tensors, **options):
-    """The output without and with statistics, against float64."""
+    """Compare the output, without and with statistics, with float64. Returns the result with statistics."""
     truth = attention(*(x.double() for x in tensors[:3]), *tensors[3:], **options, backend="reference")
     plain = attention(*tensors, **options)
     full = attention(*tensors, **options, **EVERYTHING)
@@ -44,7 +44,7 @@ def test_small_heads(head_dim, offset, layout):
     options = {"scale": 0.3, "layout": layout}
     ours = check(query, key, value, **options)
     truth = attention(query.double(), key.double(), value.double(), backend="reference", **options, **EVERYTHING)
-    # The offset is rounded into float32's scores, the same for all keys but for their own part.
+    # The rounding of the float32 scores grows with the offset, so the entropy has a larger tolerance.
     torch.testing.assert_close(ours.entropy, truth.entropy, atol=2e-5, rtol=0)
     torch.testing.assert_close(ours.lse, truth.lse, atol=1e-5, rtol=1e-6)
     assert (ours.entropy >= 0).all()
@@ -52,7 +52,7 @@ def test_small_heads(head_dim, offset, layout):
 
 @pytest.mark.parametrize("head_dim", [2, 8, 40])
 def test_heads_fastest_in_memory(head_dim):
-    """Rows whose elements do not lie side by side: PyTorch's kernels may read them as if they did."""
+    """The last axis is not contiguous. PyTorch's kernels may read it as if it were."""
     query, key, value = (normal(1, n, head_dim, 3, seed=n).permute(0, 3, 1, 2) for n in (70, 90, 91))
     check(query, key, value[:, :, 1:])
 
@@ -67,7 +67,7 @@ def test_values_of_one_give_one():
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("strides", [(1, 1, 0, 1), (1, 1, 1, 1), (5, 5, 3, 1)], ids=str)
 def test_tokens_that_share_memory(which, strides):
-    """SDPA of torch 2.13 on the CPU reads queries that do not lie there."""
+    """SDPA of torch 2.13 on the CPU reads the wrong elements of queries that overlap in memory."""
     tensors = [normal(1, 1, n, 16, seed=n) for n in (40, 50, 50)]
     tensors[which] = normal(1000).as_strided((1, 1, tensors[which].shape[2], 16), strides)
     check(*tensors)
@@ -75,7 +75,7 @@ def test_tokens_that_share_memory(which, strides):
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_causal_with_a_scale_of_zero_or_less(scale):
-    """NaN in SDPA of torch 2.13 on the CPU."""
+    """SDPA of torch 2.13 on the CPU returns NaN here."""
     check(*qkv(), is_causal=True, scale=scale)
 
 
@@ -127,7 +127,7 @@ def test_shared_keys_are_not_repeated(heads, Nq, monkeypatch):
     softmax = cpu._softmax
     monkeypatch.setattr(cpu, "_softmax", lambda *rows: seen.append(rows[1].data_ptr()) or softmax(*rows))
     check(query, key, value, enable_gqa=True)
-    if Nq == 1500:  # heads of this size are done one at a time, on the keys as they lie
+    if Nq == 1500:  # heads of this size are computed one at a time, on views of the keys
         assert set(seen) == {key[:, h].data_ptr() for h in range(Hkv)}
 
 
@@ -178,7 +178,7 @@ def test_modes_of_the_calling_thread(mode):
         result = attention(query, key, value, return_entropy=True)
     assert result.out.is_inference() == result.entropy.is_inference() == (mode is torch.inference_mode)
     assert not result.out.requires_grad
-    if mode is torch.enable_grad:  # usable in a graph
+    if mode is torch.enable_grad:  # the result can enter an autograd graph
         (result.out * torch.ones((), requires_grad=True)).sum().backward()
 
 

@@ -1,4 +1,4 @@
-"""The demo, with few images."""
+"""The demo script, with few images."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ def test_table_and_picture(tmp_path):
     assert rows["16 x 16"][0] == "64, 16"
     entropies = {size: [pair(cell) for cell in row[4].split(", ")] for size, row in rows.items()}
     trained = entropies.pop("24 x 24")
-    assert all(abs(after - before) < 0.02 for before, after in trained)  # printed to two digits
+    assert all(abs(after - before) < 0.02 for before, after in trained)  # the table has two digits
     for size, levels in entropies.items():  # λ raises the entropy below the trained size, and lowers it above
         width, height = map(int, size.split(" x "))
         assert all((after > before) == (height * width < 24 * 24) and after != before for before, after in levels)

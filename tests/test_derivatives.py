@@ -1,4 +1,4 @@
-"""There is no derivative: every way of asking for one is an error, from `attention` and from the operator."""
+"""`attention` and its operator have no derivative. Every way of requesting one raises an error."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_without_grad_mode_the_input_is_taken_as_it_is(function, name):
         torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func.vmap of any operator without a rule
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func.vmap without a batching rule
 def test_functional_transforms_without_a_derivative():
     given = inputs()
     batch = torch.stack([given["query"], 2 * given["query"]])

@@ -1,4 +1,4 @@
-"""Where attention libraries have failed before: hidden NaN, rows without keys, offsets, zero and negative scales."""
+"""Cases in which attention libraries have failed: hidden NaN, rows without keys, offsets, scales of zero or less."""
 
 import math
 
@@ -32,7 +32,7 @@ def assert_same(a, b, atol=2e-6):
 
 
 def hiding_masks(Nq=70, Nk=90):
-    """Masks that hide the keys 40 … 59 from every query, in each form a mask can have."""
+    """Masks of every form that hide the keys 40 to 59 from all queries."""
     keys = torch.ones(Nk, dtype=torch.bool)
     keys[40:60] = False
     bias = torch.zeros(Nk).masked_fill(~keys, -math.inf)
@@ -66,7 +66,7 @@ def test_hidden_keys_cannot_leak(backend, kind, poison, plain):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", [None, -0.7])
 def test_floating_and_boolean_padding_agree(backend, visible, dtype, scale):
-    """0 and -inf, as models write their padding: whole blocks of 0 may be run as if there were no mask."""
+    """A padding mask of 0 and -inf equals a boolean one. The kernel may run blocks of zeros without a mask."""
     query, key, value = (x.to(dtype) for x in qkv(Nk=300))
     keep = (torch.arange(300) >= visible[0]) & (torch.arange(300) < visible[1])
     bias = torch.zeros(300).masked_fill(~keep, -math.inf).view(1, 1, 1, 300)
@@ -75,7 +75,7 @@ def test_floating_and_boolean_padding_agree(backend, visible, dtype, scale):
     for x, y in zip(padded, expected, strict=True):
         torch.testing.assert_close(x, y, atol=2e-3 if x.dtype == torch.float16 else 1e-5, rtol=1e-5)
     later = bias.clone()
-    later[..., visible[0] : visible[0] + 5] -= 0.5  # some keys that the whole blocks must not hold
+    later[..., visible[0] : visible[0] + 5] -= 0.5  # these keys must not run without a mask
     found = everything(query, key, value, later, scale=scale, backend=backend)
     wanted = everything(query, key, value, later, scale=scale, backend="reference")
     for x, y in zip(found, wanted, strict=True):
@@ -163,7 +163,7 @@ def test_empty_inputs(backend, B, H, Nq):
 
 
 def test_logits_with_an_offset(backend):
-    # Sums of few small integers are exact in float32: the offset itself costs no digits.
+    # Sums of few small integers are exact in float32, so the offset itself causes no rounding.
     query = torch.randint(-2, 3, (1, 2, 70, 16), generator=torch.Generator().manual_seed(0)).float()
     key = torch.randint(-2, 3, (1, 2, 90, 16), generator=torch.Generator().manual_seed(1)).float()
     value = normal(1, 2, 90, 16)
@@ -173,7 +173,7 @@ def test_logits_with_an_offset(backend):
     out, entropy, lse = everything(query, key, value, scale=0.25, backend=backend)
     assert (out - base.out.float()).abs().max() <= 2e-6
     assert (entropy - base.entropy).abs().max() <= 2e-5
-    assert (lse - 1e4 - base.lse).abs().max() <= 2e-3  # float32 has steps of 1e-3 at 1e4
+    assert (lse - 1e4 - base.lse).abs().max() <= 2e-3  # float32's spacing at 1e4 is 1e-3
 
 
 def test_zero_scale_is_the_mean(backend):
@@ -204,7 +204,7 @@ def test_nan_scale_gives_nan(backend):
 
 
 def test_lowest_finite_bias_still_counts(backend):
-    # torch.finfo.min is what many models mask with: where it is all a row has, it is a number like any other.
+    # Many models mask with torch.finfo.min. A row with this bias at every key has equal weights.
     query, key, value = qkv()
     bias = torch.zeros(70, 90)
     bias[5] = torch.finfo(torch.float32).min

@@ -1,4 +1,4 @@
-"""Every rejected call raises before anything runs, naming the argument, what came and what is allowed."""
+"""A rejected call raises before anything runs. The error names the argument, what was given and what is allowed."""
 
 import math
 import sys
@@ -24,18 +24,18 @@ def tensors(B=2, H=4, Hkv=4, Nq=6, Nk=5, D=8, Dv=8, dtype=torch.float32):
 
 def as_masked(data):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype of PyTorch
+        warnings.simplefilter("ignore")  # PyTorch warns that masked tensors are a prototype
         return masked_tensor(data, data)
 
 
 def as_nested(data, layout=torch.strided):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype of PyTorch
+        warnings.simplefilter("ignore")  # PyTorch warns that nested tensors are a prototype
         return torch.nested.nested_tensor(data, layout=layout)
 
 
 class Doubled(torch.Tensor):
-    """Means twice what its data says."""
+    """A subclass whose values are twice its data."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -220,13 +220,13 @@ def test_explain_with_symbolic_sizes():
     assert "N = 33" in str(explain(fake, fake, fake, train_tokens=64, backend="reference"))
 
 
-@pytest.mark.filterwarnings("ignore:Lower right causal bias")  # NaN in SDPA: rows without a key, 0 here
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")  # SDPA has NaN in rows without keys, ours has 0
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("variant", [causal_upper_left, causal_lower_right])
 @pytest.mark.parametrize("sizes", [(40, 40), (40, 60), (60, 40)])
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
 def test_causal_bias(variant, sizes, layout, return_entropy):
-    """The masks of torch.nn.attention.bias, whose data is not their meaning, as SDPA understands them."""
+    """The masks of torch.nn.attention.bias mean what SDPA takes them for. Their data does not hold the mask."""
     Nq, Nk = sizes
     query, key, value = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in
                          enumerate((Nq, Nk, Nk)))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Each example runs, on a tiny pipeline in the place of the one that it would download."""
+"""Each example runs, with a tiny pipeline instead of the one that it would download."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 @pytest.fixture
 def example(monkeypatch):
-    """An example as a module; like scripts, they find one another."""
+    """Imports an example as a module. Like scripts, examples can import one another."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def load(name):
@@ -54,7 +54,7 @@ def test_custom_unet(example, capsys):
     ):
         assert shape in line
         entropies = [float(entropy) for entropy in re.findall(r"\d+\.\d{3}", line)]
-        assert len(entropies) == layers  # of the UNet of Diffusers: 2 down, 1 in the middle, 3 up
+        assert len(entropies) == layers  # the Diffusers UNet has 2 down, 1 in the middle, 3 up
         assert all(0 < entropy <= math.log(48 * 48) for entropy in entropies)
 
 
@@ -70,7 +70,7 @@ def test_record_entropy(example, tmp_path, capsys):
 
 def test_match_entropy(example, tmp_path, capsys):
     pipe = tiny.sd(tiny.unet(32, "two levels"))
-    for _ in range(2):  # the second time with the calibration of the first
+    for _ in range(2):  # the second run uses the calibration of the first
         arguments = ["--height", "96", "--width", "128", "--steps", "3", "--prompts", "a", "b", "--out", str(tmp_path)]
         example("match_entropy").main(arguments, pipe)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "attn1" in line]
@@ -78,7 +78,7 @@ def test_match_entropy(example, tmp_path, capsys):
     assert rows[:4] == rows[4:]
     for _, log_tokens, wanted, *found in rows:
         assert float(log_tokens) == pytest.approx(math.log(6 * 8), abs=1e-3)
-        assert wanted.endswith("*")  # T = 256, with attention that is all but uniform: out of reach
+        assert wanted.endswith("*")  # H_T is near ln 256, above ln N: attention is almost uniform
         assert all(0 < float(entropy) <= math.log(6 * 8) for entropy in found)
         assert len(found) == 4
     assert Image.open(tmp_path / "matched.png").size == (4 * 128, 96)

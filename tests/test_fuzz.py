@@ -1,4 +1,4 @@
-"""Some hundred calls of the fuzzer, and that it would notice."""
+"""The fuzzer passes some hundred calls, and finds mutants of `attention`."""
 
 import subprocess
 import sys
@@ -109,7 +109,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_wrong_implementation_is_found_and_made_small(mutant, monkeypatch):
-    """Found within 400 calls; the program it prints fails with the mutant, and runs by itself without."""
+    """The fuzzer finds the mutant within 400 calls. Its program fails with the mutant and passes without it."""
     for index in range(400):
         call = draw(1, index, broken=tuple(WAYS))
         monkeypatch.setattr(entropy_attn, "attention", mutant)
@@ -175,7 +175,7 @@ def test_what_was_found_is_kept_when_interrupted(monkeypatch, capsys):
 
 
 def test_bounds_are_tight():
-    """Of an ordinary call in float32: some hundred units in the last place, the logits being sums of 64."""
+    """The bounds of an ordinary float32 call are some hundred units in the last place. Its logits are sums of 64."""
     call = Call(seed=0, B=2, Hkv=2, Nq=64, Nk=128, D=64, Dv=64, scale=Scale("float", 0.125))
     expected = expect(call, build(call))
     for numbers in (expected.out, expected.entropy, expected.lse):
