@@ -1,4 +1,4 @@
-"""The embedded glyph pipeline: drawing, reading, training that goes on, and the pipeline under `enable`."""
+"""The embedded glyph pipeline: rendering, recognition, resumed training, and the pipeline under `enable`."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ def glyphs(monkeypatch):
         train=glyphs.train, metrics=metrics,
     )  # fmt: skip
     for name in [name for name in sys.modules if name.split(".")[0] in ("glyphs", "metrics", "harness", "results")]:
-        del sys.modules[name]  # scripts of other tests may have modules of these names
+        del sys.modules[name]  # other tests may import other modules of these names
 
 
 def seeded(number):
@@ -97,13 +97,13 @@ def test_an_interrupted_training_ends_at_the_same_weights(glyphs, tmp_path, monk
         torch.cat([x.detach().flatten() for x in unet.parameters()])
         for unet in (whole.unet, cut.unet, glyphs.train.Denoiser("plain").unet)
     ]
-    # The first steps of Adam go by the sign of a gradient, which rounding may change where it is next to nothing.
+    # Adam's first steps follow the sign of each gradient. Rounding may change the sign of a gradient near 0.
     assert (weights[0] - weights[1]).norm() < 0.01 * (weights[0] - weights[2]).norm()
 
 
 @pytest.mark.slow
 def test_two_processes_are_killed_and_go_on(tmp_path):
-    """Killed after the first checkpoint, and run again by the same command."""
+    """The training is killed after its first checkpoint, and the same command resumes it."""
     command = [sys.executable, PAPER / "glyphs" / "train.py", "--steps", "205", "--batch", "2", "--images", "20"]
     command += ["--out", tmp_path, "--design", "levels"]
     training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -193,7 +193,7 @@ def test_it_is_saved_and_loaded(glyphs, shipped, tmp_path):
     again.set_progress_bar_config(disable=True)
     call = {"labels": [6], "num_inference_steps": 2, "output_type": "np"}
     images = [pipe(**call, generator=seeded(3)).images for pipe in (again, shipped)]
-    assert abs(images[0] - images[1]).max() < 1e-4  # the weights lie elsewhere in memory, and sums may round otherwise
+    assert abs(images[0] - images[1]).max() < 1e-4  # sums may round differently: the memory alignment differs
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_pipeline_refuses(shipped, wrong, said):
 
 
 def test_a_design_is_measured_and_compared(tmp_path):
-    """By the commands that compare.py names, on the shipped weights."""
+    """Runs the commands that compare.py names, on the shipped weights."""
 
     def script(*arguments):
         command = [sys.executable, *map(str, arguments)]
@@ -228,7 +228,7 @@ def test_a_design_is_measured_and_compared(tmp_path):
     assert [row["tokens"] for row in rows].count(144) == 3
     assert [row["tokens"] for row in rows].count(36) == 4
     assert all(0 < row["entropy"] < math.log(row["tokens"]) for row in rows)
-    assert sum(row["half_variance"] for row in rows) / len(rows) > 1  # peaked, as it is meant to be
+    assert sum(row["half_variance"] for row in rows) / len(rows) > 1  # the attention is peaked, as designed
     script(
         PAPER / "paper.py", "--what", "fid", "clip", "--num", 40, "--steps", 1, "--sizes", "16x16", "24x24",
         "--scales", "paper", "--folder", folder, "--out", folder,
@@ -241,7 +241,7 @@ def test_a_design_is_measured_and_compared(tmp_path):
 
 def test_frechet_distance_of_known_normals(glyphs):
     x = torch.randn(20000, 3, generator=seeded(0), dtype=torch.float64)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # mean 0, covariance 1, exactly
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly mean 0 and covariance 1
     reference = glyphs.metrics.Reference(x)
     distance = reference.distance(x * torch.tensor([1.0, 2.0, 3.0]) + 4)
     assert distance == pytest.approx(3 * 16 + 0 + 1 + 4, rel=1e-9)

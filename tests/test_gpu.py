@@ -1,4 +1,4 @@
-"""The kernel on a device: the cases of test_attention.py, graphs, large offsets, a second device."""
+"""The kernel on a GPU: the cases of test_attention.py, CUDA graphs, large offsets, a second device."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_tensor_scale_does_not_synchronise():
 
 
 def test_offsets_past_2_31():
-    # A batch stride of 2^31 elements, as views into one long buffer have it.
+    # A view into one long buffer can have a batch stride of 2^31 elements.
     N, H, D, far = 128, 2, 64, 2**31
     if torch.cuda.mem_get_info()[0] < 2 * (far + 10**6) + 2**30:
         pytest.skip("needs 6 GiB of free device memory")
@@ -69,7 +69,7 @@ def test_offsets_past_2_31():
 
 def test_row_strides_past_2_31():
     N, D = 130, 64
-    row = 2**31 // 100  # the last rows of a tile lie past 2^31
+    row = 2**31 // 100  # the last rows of a tile lie past element 2^31
     if torch.cuda.mem_get_info()[0] < 2 * row * N + 2**30:
         pytest.skip("needs 7 GiB of free device memory")
     buffer = torch.empty(row * N, dtype=torch.float16, device="cuda")
@@ -89,7 +89,7 @@ def test_second_device():
 
 @pytest.fixture
 def precision():
-    """Sets the precision of float32 products until the test ends."""
+    """torch.set_float32_matmul_precision; the precision is restored after the test."""
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)

@@ -1,4 +1,4 @@
-"""What a call costs the host, and that whatever looks at operators sees the call as one."""
+"""The host overhead of a call. Tracers, profilers and dispatch modes see the call as one operator."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from entropy_attn import attention, entropy_scale, explain
 from entropy_attn.kernels import tiles
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-USUAL_SDPA = 6.2  # microseconds, where the limits were set
+USUAL_SDPA = 6.2  # microseconds of an SDPA call on the core on which the limits were set
 INTERPRETED = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CPU tensors reach the kernel in the interpreter only"
+    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
 )
 
 
@@ -35,11 +35,11 @@ def host_overhead(monkeypatch):
     return host_overhead
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="measured with tensors on the CPU, in the interpreter's place")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the limits are for CPU tensors, in the interpreter")
 def test_limits(host_overhead):
-    """The quickest of many short rounds, against limits that a core slower at SDPA may exceed as much.
+    """The fastest of many short rounds is within the limits. A core on which SDPA is slower has larger limits.
 
-    A fifth more is for noise, and twice as much where the process had to wait for its core.
+    The limits grow by 20 % for noise, or by 100 % if the process had to wait for its core.
     """
     quickest: dict[str, float] = {}
     wall, own = time.perf_counter(), time.process_time()
@@ -75,7 +75,7 @@ class Watcher(TorchDispatchMode):
 @pytest.mark.parametrize("which", range(5))
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_negation_still_to_be_done(which, backend):
-    """The memory of such a tensor holds its negative: only the dispatcher sees to it that the kernel reads it right."""
+    """The memory of a tensor with the negative bit holds negated values. The dispatcher resolves the bit."""
     inputs = [*tensors(), torch.randn(20, 30), torch.tensor(0.3)]
     query, key, value, mask, scale = (torch._neg_view(-x) if i == which else x for i, x in enumerate(inputs))
     given = attention(query, key, value, mask, scale=scale, backend=backend)
@@ -115,7 +115,7 @@ def test_masks_are_broadcast(shape, floating):
 
 @INTERPRETED
 def test_tiles_of_the_user_and_of_the_caller(tmp_path, monkeypatch):
-    """A file is read at the first call of a process; a tile that the caller gives stands in for the table's."""
+    """The first call of a process reads the user's file of tiles. A tile given by the caller replaces the table's."""
     row = {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1}
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"sm_80": {"float32": {"16": row}}}))

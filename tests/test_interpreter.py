@@ -1,11 +1,11 @@
-"""What is mended in Triton's interpreter."""
+"""The patches of Triton's interpreter."""
 
 import numpy as np
 import pytest
 import torch
 from interpreter import from_bfloat16, repaired, to_bfloat16
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles the kernels")
 triton = pytest.importorskip("triton")
 tl = triton.language
 

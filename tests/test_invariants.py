@@ -1,4 +1,4 @@
-"""What must hold for any attention, as properties."""
+"""Mathematical properties of attention, tested on random inputs."""
 
 import math
 
@@ -20,7 +20,7 @@ property_test = settings(max_examples=12, deadline=None, derandomize=True, suppr
 
 @st.composite
 def qkv(draw, min_keys=1):
-    """query, key and value (1, H, N, D) in float32, from flat to peaked logits."""
+    """query, key and value (1, H, N, D) in float32, with logits from flat to peaked."""
     H, Nq = draw(st.integers(1, 2)), draw(st.integers(1, 40))
     Nk, D = draw(st.integers(min_keys, 150)), draw(st.sampled_from([8, 16, 24, 40]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -33,7 +33,7 @@ def everything(query, key, value, backend, **kwargs) -> AttentionOutput:
 
 
 def assert_agree(result: AttentionOutput, other, expected) -> None:
-    """Two answers to the same question, each with a rounding of its own: out, entropy, lse."""
+    """Compare two results of equal attention. The bound is doubled, because each result has its own rounding."""
     for name, a, b in zip(("out", "entropy", "lse"), result, other, strict=True):
         assert_within(name, a, b.double(), 2 * getattr(expected, f"{name}_bound"))
 
@@ -72,7 +72,7 @@ def test_entropy_does_not_rise_with_the_scale(backend, inputs, scales):
 @property_test
 @given(inputs=qkv(), scale=st.floats(0, 2))
 def test_slope_of_entropy_is_the_variance_of_the_logits(backend, inputs, scale):
-    """dH/dλ = -λ Var_p(q·k), here across a step that changes the logits by little."""
+    """dH/dλ = -λ Var_p(q·k), as a finite difference over a small step of λ."""
     query, key, _ = inputs
     products = (query.double() @ key.double().mT).squeeze(0)
     step = 0.02 / max(1.0, products.abs().max().item())
@@ -144,7 +144,7 @@ def test_two_halves_of_the_keys_merge(backend, inputs, cut):
     out = sum(w[..., None] * p.out for w, p in zip(weights, parts, strict=True))
     entropy = sum(w * p.entropy - torch.special.xlogy(w, w) for w, p in zip(weights, parts, strict=True))
     lse = torch.stack([p.lse for p in parts]).logsumexp(0)
-    # The weights have the rounding of both lse, which a half that counts for little has as well.
+    # The rounding errors of both lse enter the merge weights, even where one half has little weight.
     expected = truth(plain_inputs(*inputs))
     spread = 4 * expected.lse_bound.amax(-1, keepdim=True)
     expected.out_bound += spread[..., None] * value.abs().amax((2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""Finite logits of any size: no NaN, no row lost, and an offset of all of them costs no digits."""
+"""Finite logits of any size give no NaN and no wrong row."""
 
 import math
 
@@ -37,9 +37,9 @@ def everything(*tensors, **options):
     [(torch.float16, 49152.0), (torch.bfloat16, 133120.0), (torch.float32, 133120.0), (torch.float32, 2.0**50)],
 )
 def test_equal_logits(backend, dtype, size, sign, mask):
-    """All q and k alike, as in PyTorch's own regression test of SDPA: the mean of the visible values.
+    """Equal queries and equal keys give the mean of the visible values, as in PyTorch's regression test of SDPA.
 
-    The sizes have so few bits that sums of their squares are exact in any order.
+    The sizes have few significant bits, so sums of their squares are exact in any order.
     """
     query = torch.full((1, 1, Nq, D), size).to(dtype)
     key = torch.full((1, 1, Nk, D), sign * size).to(dtype)
@@ -55,7 +55,7 @@ def test_equal_logits(backend, dtype, size, sign, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("size", [1e8, 1e10, 1e20, 1e30])
 def test_one_key_wins(backend, size, mask):
-    """Logits so far apart that a row is its highest key's value. Their order stays, in every block of keys."""
+    """The logits are so far apart that a row is the value of its largest key, in whichever block of keys it is."""
     query = torch.ones(1, 1, Nq, D)
     order = torch.randperm(Nk, generator=torch.Generator().manual_seed(1))
     key = (size * order / Nk).view(1, 1, Nk, 1).expand(1, 1, Nk, D).contiguous()
@@ -75,7 +75,7 @@ def test_one_key_wins(backend, size, mask):
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
 def test_from_one_end_of_float32_to_the_other(backend, order):
-    """The first key's logit is -1e35 and the last one's 1e35, or the other way round."""
+    """The first key's logit is -1e35 and the last one's 1e35, or the reverse."""
     query = torch.ones(1, 1, 4, 8)
     logits = torch.linspace(-1e35, 1e35, Nk)
     logits = logits if order == "rising" else logits.flip(0)
@@ -89,7 +89,7 @@ def test_from_one_end_of_float32_to_the_other(backend, order):
 
 
 def test_rows_of_every_size_in_one_tile(backend):
-    """A row beyond what the quick loop takes does not disturb its neighbours."""
+    """A row with logits beyond 2^26, which uses the edge loop only, does not change the other rows of its tile."""
     query, key, value = normal(1, 1, Nq, D, seed=4), normal(1, 1, Nk, D, seed=5), normal(1, 1, Nk, D, seed=6)
     plain = everything(query, key, value, backend=backend)
     query[:, :, 7] *= 1e12
@@ -102,7 +102,7 @@ def test_rows_of_every_size_in_one_tile(backend):
 
 
 def test_masks_of_the_lowest_float(backend):
-    """finfo.min masks as much as -inf beside ordinary scores, and is a number among its like."""
+    """Beside ordinary scores, finfo.min masks a key like -inf. A row of finfo.min alone has equal weights."""
     query, key, value = normal(1, 1, Nq, D, seed=4), normal(1, 1, Nk, D, seed=5), normal(1, 1, Nk, D, seed=6)
     lowest = torch.finfo(torch.float32).min
     hidden = torch.rand(Nq, Nk, generator=torch.Generator().manual_seed(7)) < 0.5

@@ -1,4 +1,4 @@
-"""Offsets past 2^31 elements, in the interpreter: views into buffers of which only what is touched takes memory."""
+"""Offsets past 2^31 elements, in the interpreter. Only the touched pages of the large buffers take memory."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from support import assert_attends
 
 from entropy_attn import attention
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel runs there, in test_gpu.py")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the kernel on it")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a launch of the kernel is specialised to: few kernels for the many layouts that a run meets."""
+"""Triton's specialisation of a launch: many lengths, layouts and masks share few compiled kernels."""
 
 import math
 
@@ -13,17 +13,17 @@ from entropy_attn.kernels.attention import attention_forward
 from entropy_attn.kernels.config import Config
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CPU tensors reach the launch in the interpreter only"
+    torch.cuda.is_available(), reason="CPU tensors reach the launch only in the interpreter"
 )
 
 
 NAMES = attention_forward.fn.__code__.co_varnames[: attention_forward.fn.__code__.co_argcount]
-# Not told apart by their values; floating numbers never are.
+# Arguments without specialisation by value. Triton never specialises floats.
 NEVER = {n for n in NAMES if n.startswith("stride_") and n != "stride_mn"} | {"H", "Hkv", "Nq", "Nk"}
 
 
 def kind(name: str, value):
-    """What Triton's launcher looks at."""
+    """The part of an argument that selects the compiled kernel."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
     if value is None or name in NEVER or isinstance(value, float):
@@ -60,7 +60,7 @@ def test_the_kernel_is_told_what_not_to_look_at():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_masks_of_many_lengths_take_two_kernels(dtype, monkeypatch):
-    """Rows of the mask start at a multiple of 16 elements, or they do not."""
+    """One kernel is for masks whose rows start at multiples of 16 elements. The other is for all other masks."""
     calls = [
         {**qkv(N), "attn_mask": torch.ones(*shape, N, N).to(dtype)}
         for N in (16, 20, 30, 33, 48, 60, 63, 64, 100)
@@ -76,7 +76,7 @@ def test_key_padding_masks_take_two_kernels(monkeypatch):
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_strides_of_axes_of_one_do_not_count(axis, monkeypatch):
-    """An odd stride of an axis of size 1, as slicing leaves it, does not make loads narrow."""
+    """Slicing can leave an odd stride on an axis of size 1. Such a stride does not make loads narrow."""
     shape = [2, 2, 64, 16]
     shape[axis] = 1
     plain = torch.zeros(shape)

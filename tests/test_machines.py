@@ -1,4 +1,4 @@
-"""The script that runs the tests as other machines would, and the order it asks for."""
+"""The script machines.py, and the test order of --shuffle."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_a_failure_is_told_and_stops_nothing(out, tmp_path, capsys):
     tests.write_text(
         "import os, sys\nfrom signal import SIG_IGN, SIGINT, getsignal\n"
         "def test_threads():\n    assert os.environ.get('OMP_NUM_THREADS') == '8'\n"
-        # The tests themselves may run in the background: only a session of its own tells this run's from theirs.
+        # This test may itself run in the background. Only the new session shows that machines.py started the run.
         "def test_background():\n    assert os.getsid(0) == os.getpid()\n"
         "    assert getsignal(SIGINT) is SIG_IGN and not sys.stdin.read(1)\n"
     )

@@ -140,7 +140,7 @@ def test_export(strict):
 
 
 def test_a_float_scale_is_what_the_operator_avoids():
-    # What the README says of SDPA with a float scale: compiled anew for each value, and an error at the ninth.
+    # As docs/function.md says, SDPA is recompiled for each float scale, and fullgraph=True fails at the ninth.
     def layer(query, key, value, scale):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
 

@@ -1,4 +1,4 @@
-"""What a user's environment sees: every way to install, imports and their cost, the wheel, and the name `kernels`."""
+"""The package in a user's environment: ways to install, imports and their cost, the wheel, the name `kernels`."""
 
 import email
 import os
@@ -18,7 +18,7 @@ import pytest
 import entropy_attn
 
 ROOT = Path(__file__).parent.parent
-# Uses the kernel where it can run, from the folder that Python is started in.
+# Calls the kernel if Triton is installed, and prints the files from which the package was imported.
 USE = """
 import importlib.util, torch, entropy_attn, entropy_attn.kernels.tiles
 x = torch.randn(1, 2, 9, 8, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +31,7 @@ print(entropy_attn.kernels.tiles.__file__)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    # PYTHONPATH and PYTHONSAFEPATH would change what is found from a folder.
+    # PYTHONPATH and PYTHONSAFEPATH would change where Python searches for modules.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=variables | environment, capture_output=True, text=True,
@@ -52,7 +52,7 @@ def git(*arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the clone: the files that git tracks, or would."""
+    """A copy of the clone, without the files that git ignores."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a clone of git")
     copy = tmp_path_factory.mktemp("clone") / "tree"
@@ -86,7 +86,7 @@ def wheel(tree, tmp_path_factory):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """A new environment with what is installed in this one, except entropy_attn: its Python and its site-packages."""
+    """The Python and the site-packages of a new environment, with all packages of this one except entropy_attn."""
     path = tmp_path / "environment"
     venv.create(path, with_pip=False, symlinks=True)
     site = path / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
@@ -137,11 +137,11 @@ def test_hugging_face_kernels_keeps_its_name(fresh, wheel, tree, tmp_path):
     install(interpreter, wheel, cwd=tmp_path)
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
     if not (site / "kernels").exists():
-        # Without it there is no such module. In the clone there is the folder, which is no package.
+        # Hugging Face's package is not installed. The clone's folder `kernels` has no __init__.py, so no origin.
         assert run(interpreter, "-c", code, cwd=tmp_path).strip() == "None"
         assert run(interpreter, "-c", code, cwd=tree).strip() == "None"
         (site / "kernels").mkdir()
-        (site / "kernels" / "__init__.py").touch()  # what stands for Hugging Face's package
+        (site / "kernels" / "__init__.py").touch()  # a stand-in for Hugging Face's package
     code = "import entropy_attn.kernels.tiles as ours, kernels; print(kernels.__file__, ours.__name__, sep='\\n')"
     for folder in (tmp_path, tree):
         found = run(interpreter, "-c", code, cwd=folder).splitlines()
@@ -223,7 +223,7 @@ def test_wheel_holds_the_package_only(wheel, tree):
 def test_sdist_is_complete_and_makes_the_same_wheel(sdist, wheel, tree, tmp_path):
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    # The symbolic link becomes a folder.
+    # The symbolic link is a folder in the sdist.
     paths = [*tree.rglob("*"), *(tree / "entropy_attn" / "kernels").glob("*.py")]
     files = {path.relative_to(tree).as_posix() for path in paths if path.is_file() and "__pycache__" not in path.parts}
     files = {name for name in files if not name.startswith(("build/", "entropy_attn.egg-info/"))}
@@ -242,7 +242,7 @@ def test_metadata(wheel):
     assert {"Repository", "Documentation"} <= {url.split(",")[0] for url in metadata.get_all("Project-URL")}
     versions = [c.rpartition("3.")[2] for c in metadata.get_all("Classifier") if "Python :: 3." in c]
     assert metadata["Requires-Python"] == f">=3.{versions[0]}"
-    # An index page has no files beside it: pictures and links must be absolute there.
+    # A package index has no files beside this text, so its pictures and links must be absolute.
     links = re.findall(r"\]\(([^)]*)\)", metadata.get_payload())
     assert links
     assert all(link.startswith("https://") for link in links)
@@ -276,7 +276,7 @@ def test_citation():
 @pytest.mark.parametrize("mask", ["None", "torch.rand(2, 1, 1, N) > 0.5"], ids=["", "mask"])
 def test_memory_of_the_cpu_backend_is_linear(tmp_path, mask):
     pytest.importorskip("resource")
-    N = 24_000  # the scores alone would be 4.6 GB, an expanded mask 1.2 GB
+    N = 24_000  # all scores of 2000 queries would take 384 MB, an expanded mask 96 MB
     code = f"""
 import resource, torch, entropy_attn
 torch.set_num_threads(1)

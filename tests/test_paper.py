@@ -1,4 +1,4 @@
-"""paper.py: its parts, and whole runs on the embedded pipeline and on tiny ones of the paper's families."""
+"""paper.py: its parts, and whole runs on the embedded pipeline and on tiny models of the paper's families."""
 
 import importlib
 import importlib.util
@@ -19,12 +19,12 @@ from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PAPER = BENCHMARKS / "paper"
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error without a GPU")
 
 
 @pytest.fixture
 def evaluation(monkeypatch):
-    """Imports a module of the evaluation by its name, and forgets them all at the end."""
+    """Imports modules of the evaluation by name, and removes them from sys.modules after the test."""
     for folder in (BENCHMARKS, PAPER):
         monkeypatch.syspath_prepend(str(folder))
     yield lambda name: importlib.import_module(name)
@@ -84,7 +84,7 @@ def test_rules(evaluation):
 
 
 def test_figures_5_and_6_show_the_rows(evaluation):
-    """Two layers whose entropies are straight lines over ln N, at four sizes, of which two have the same N."""
+    """The entropy of two layers is linear in ln N, at four sizes. Two of the sizes have the same N."""
     figures = evaluation("evaluation.figures")
     plt = evaluation("harness").pyplot()
     trained, slopes = (24, 24), {"original": 0.9, "paper": 0.6, "calibrated": 0.1}
@@ -138,7 +138,7 @@ def test_published_figures_favour_the_papers_scale(evaluation, name):
 
 
 def nearly(value):
-    """A number, or several, as another process may round it; anything else as it is."""
+    """Floats as pytest.approx, because another process may round differently. Other values stay unchanged."""
     several = isinstance(value, list) and all(isinstance(x, float) for x in value)
     return pytest.approx(value, rel=1e-5) if several or isinstance(value, float) else value
 
@@ -171,7 +171,7 @@ def test_a_run_on_the_embedded_pipeline(tmp_path):
     assert "Frechet distance (glyph recogniser's features)" in table
     assert "| 24 x 24 | multiplier 0.8 |" in table
 
-    # A torn line is measured again and nothing else; rows that are not asked for stay; other settings are refused.
+    # Only the torn line is measured again. Rows of other kinds stay. Other settings are refused.
     lines = results.read_text().splitlines(keepends=True)
     torn = json.loads(lines[3])
     results.write_text("".join([*lines[:3], *lines[4:], lines[3][:-9]]))
@@ -186,7 +186,7 @@ def test_a_run_on_the_embedded_pipeline(tmp_path):
 
 
 def test_what_is_not_asked_for_is_not_needed(evaluation, monkeypatch, tmp_path):
-    """Entropy takes no judge, and a distance no score."""
+    """--what entropy loads no judge."""
     judges = evaluation("evaluation.judges")
     monkeypatch.setattr(judges.recogniser, "load", lambda: pytest.fail("not needed"))
     entropy = ("--what", "entropy", "--num", 40, "--steps", 1, "--sizes", "16x16", "--out", tmp_path)
@@ -203,7 +203,7 @@ def test_seeds_are_the_images_numbers(evaluation, monkeypatch, tmp_path):
     folders = [tmp_path / seed / "glyphs" / "16x16" / "original" for seed in ("0", "20")]
     names = [sorted(file.name for file in folder.glob("*.png")) for folder in folders]
     assert names[0][20:] == names[1][:20]
-    for name in names[0][20:22]:  # drawn in other batches, so equal up to rounding
+    for name in names[0][20:22]:  # the batches differ, so the images are equal up to rounding
         first, second = (np.array(Image.open(folder / name)).astype(int) for folder in folders)
         assert abs(first - second).max() <= 1
 
@@ -211,7 +211,8 @@ def test_seeds_are_the_images_numbers(evaluation, monkeypatch, tmp_path):
 def test_an_interrupted_run_goes_on(evaluation, monkeypatch, tmp_path):
     arguments = ("--num", 40, "--batch", 10, "--steps", 2, "--sizes", "32x32", "--what", "clip", "--out", tmp_path)
     command = [sys.executable, PAPER / "paper.py", *map(str, arguments)]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it, and pass that on)
+    # Background jobs ignore SIGINT, and their child processes inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     running = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed
     )  # fmt: skip
@@ -232,9 +233,9 @@ def test_an_interrupted_run_goes_on(evaluation, monkeypatch, tmp_path):
     assert len(rows_in(tmp_path / "glyphs" / "results.jsonl")) == 7
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits exist on POSIX only")
 def test_a_full_disk_loses_nothing(evaluation, monkeypatch, tmp_path):
-    """The system refuses to write more than some bytes into a file; with room the same command goes on."""
+    """A file size limit makes writes fail. Without the limit, the same command continues the run."""
     import resource
 
     def limited():
@@ -306,7 +307,7 @@ def test_bad_input(evaluation, monkeypatch, capsys, tmp_path, arguments, said):
 
 
 class Colours(torch.nn.Module):
-    """Features in the place of Inception's: mean and spread of the colours."""
+    """Replaces Inception's features with the mean and standard deviation of each colour."""
 
     num_features = 6
 
@@ -316,7 +317,7 @@ class Colours(torch.nn.Module):
 
 
 def tiny_clip(folder):
-    """A CLIP of random weights, saved as it is loaded."""
+    """The folder of a saved CLIP model with random weights."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     text = {"vocab_size": 1000, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
@@ -340,7 +341,7 @@ def images_in(folder, count=6):
 
 @pytest.mark.parametrize("kind", ["sd21", "sd15", "ldm"])
 def test_a_run_on_a_tiny_model_of_the_paper(evaluation, tmp_path, monkeypatch, capsys, kind):
-    """By the command line, from a folder as Diffusers saves it; only Inception, which is downloaded, is replaced."""
+    """Runs the command line on a model folder saved by Diffusers. Inception is replaced, to avoid its download."""
     judges, runs, rules = (evaluation(f"evaluation.{name}") for name in ("judges", "run", "rules"))
     monkeypatch.setattr(judges, "load_inception", lambda weights: Colours())
     monkeypatch.setattr(runs, "ROUNDS", 1)

@@ -1,4 +1,4 @@
-"""The pieces that draw the paper's Fig. 5 and 6, of the record's plot and of the benchmarks."""
+"""The functions that draw the paper's Fig. 5 and 6, for the record's plot and for the benchmarks."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The code of the README and of docs/ runs as written and does what it says; their links lead somewhere."""
+"""The code of the README and of docs/ runs as written and does what the text says. Their links resolve."""
 
 import functools
 import math
@@ -18,12 +18,12 @@ PAGES += sorted(page for folder in ("benchmarks", "docs") for page in (ROOT / fo
 
 
 def blocks(page):
-    """Its Python that stands by itself."""
+    """The Python blocks of a page that run by themselves, because they import what they use."""
     return [b for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "import" in b]
 
 
 def run(page, block):
-    """The names that are defined when the block has run."""
+    """Runs a block, and returns the names that it defines."""
     names = {}
     exec(compile(block, str(page), "exec"), names)
     return names
@@ -31,7 +31,7 @@ def run(page, block):
 
 @pytest.fixture
 def tiny_pipeline(monkeypatch):
-    """A tiny pipeline in the place of the one that the code downloads, and three steps in the place of fifty."""
+    """Replaces the pipeline that the code downloads with a tiny one, and its fifty steps with three."""
     pipeline = pytest.importorskip("diffusers").StableDiffusionPipeline
     import tiny_pipelines
 
@@ -51,7 +51,7 @@ def test_readme_is_read_in_a_minute():
 def test_readme_diffusers(capsys, tiny_pipeline):
     names = run(README, blocks(README)[0])
     printed = capsys.readouterr().out
-    # The first level and the middle of SD 1.5 at 224 x 224, trained at 512 x 512: T, N, λ√d, and an entropy.
+    # The first level and the middle of SD 1.5 at 224 x 224, trained at 512 x 512. The columns: N, T, λ√d, entropy.
     first = re.search(r"unet\.down_blocks\.0.*attn1 +784 +4096 +0\.8951 +([0-9.]+)", printed)
     assert 0 < float(first[1]) <= math.log(784)
     assert re.search(r"unet\.mid_block.*attn1 +16 +64 +0\.8165 +[0-9.]+", printed)
@@ -95,7 +95,7 @@ def test_docs_diffusers(capsys, tiny_pipeline):
 
 
 def published():
-    """The files and folders that git knows, or where git does not tell those that are there."""
+    """The files and folders that git tracks, or without git all that exist."""
     if shutil.which("git") is not None and (ROOT / ".git").exists():
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
         if listed.returncode == 0:
@@ -105,14 +105,14 @@ def published():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands(page):
-    """The scripts that a page says to run are there."""
+    """Every script that a page runs exists."""
     for script in re.findall(r"python ([a-z][a-z_/]*\.py)", page.read_text()):
         assert (ROOT / script).is_file(), script
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
-    """Those within the repository lead to what is published with it, not to a file that git ignores."""
+    """Links within the repository lead to files and folders that git tracks."""
     known = published()
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     for target in targets:
