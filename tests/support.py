@@ -80,7 +80,7 @@ def pairwise_cases() -> list[Case]:
 
 @dataclass
 class Inputs:
-    """The tensors of one case: the arguments of `attention`, and the same inputs with the axes (B, H, N, D)."""
+    """The tensors of one case: the arguments of `attention`, and the same inputs with axes (B, H, N, D)."""
 
     arguments: dict
     query: torch.Tensor

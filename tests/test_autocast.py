@@ -1,4 +1,4 @@
-"""Under torch.autocast, `attention` casts its inputs as SDPA does, with all outputs and in every kind of call."""
+"""Under torch.autocast, `attention` casts its inputs as SDPA does, for every set of outputs and every kind of call."""
 
 import contextlib
 

@@ -169,7 +169,7 @@ def test_a_lost_device_ends_the_run_and_is_continued(benchmark, monkeypatch, tmp
     assert [row["status"] for row in saved.load(out)[1]] == ["ok"] * 3 + ["lost"] * 3
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
     throughput.main()
-    assert seen == [16, 24, 32, 16, 24, 32]  # head dim 64, with a loss after 24, then head dim 128
+    assert seen == [16, 24, 32, 16, 24, 32]  # head dim 64, with the loss at 24, then head dim 128
     rows = saved.load(out)[1]
     assert len(rows) == 3 * 6
     assert "- ours: AcceleratorError" in out.with_suffix(".md").read_text()
@@ -197,7 +197,7 @@ def test_shapes_are_those_of_the_models(benchmark):
         ("self", 8, 4096, 4096, 40), ("self", 8, 1024, 1024, 80), ("self", 8, 256, 256, 160), ("self", 8, 64, 64, 160)
     }  # fmt: skip
     assert ("cross", 8, 36 * 64, 77, 40) in tokens(["SD1.5"], [(512, 288)], [])
-    assert ("self", 20, 5 * 8, 5 * 8, 64) in tokens(["SD2.1"], [(512, 288)], [])  # odd latent sizes are rounded up
+    assert ("self", 20, 5 * 8, 5 * 8, 64) in tokens(["SD2.1"], [(512, 288)], [])  # half of an odd size is rounded up
     assert tokens(["SDXL"], [(1024, 1024)], []) < tokens(["SD2.1", "SDXL"], [(1024, 1024)], [])
     assert tokens(["SD3", "Flux"], [(1024, 1024)], []) == {
         ("joint", 24, 4096 + 333, 4096 + 333, 64), ("joint", 24, 4096 + 512, 4096 + 512, 128)
@@ -274,7 +274,7 @@ def test_busy_processes_compute_until_they_are_stopped(benchmark, monkeypatch):
 @needs_proc
 @pytest.mark.parametrize("age", [0, 1])
 def test_a_busy_process_ends_with_its_parent(benchmark, age):
-    """The parent is killed `age` seconds after the child's start. The child is then starting up, or already busy."""
+    """The parent is killed `age` seconds after the child's start. The child is then starting, or computing."""
     code = (
         "import os, subprocess, sys\n"
         "command = [sys.executable, '-c', sys.argv[1], str(os.getpid())]\n"

@@ -75,7 +75,7 @@ def test_tokens_that_share_memory(which, strides):
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_causal_with_a_scale_of_zero_or_less(scale):
-    """SDPA of torch 2.13 on the CPU returns NaN here."""
+    """SDPA of torch 2.13 on the CPU returns NaN for causal attention with a scale of 0 or less."""
     check(*qkv(), is_causal=True, scale=scale)
 
 

@@ -220,7 +220,7 @@ def test_explain_with_symbolic_sizes():
     assert "N = 33" in str(explain(fake, fake, fake, train_tokens=64, backend="reference"))
 
 
-@pytest.mark.filterwarnings("ignore:Lower right causal bias")  # SDPA has NaN in rows without keys, ours has 0
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")  # SDPA has NaN in rows without keys, `attention` 0
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("variant", [causal_upper_left, causal_lower_right])
 @pytest.mark.parametrize("sizes", [(40, 40), (40, 60), (60, 40)])

@@ -62,10 +62,10 @@ def test_record_entropy(example, tmp_path, capsys):
     arguments = ["--sizes", "96", "128", "192", "--steps", "2", "--out", str(tmp_path)]
     example("record_entropy").main(arguments, tiny.sd())
     printed = capsys.readouterr().out.splitlines()
-    assert sum("trained scale" in line for line in printed) == 3 * 4  # runs, layers
+    assert sum("trained scale" in line for line in printed) == 3 * 4  # runs x layers
     assert Image.open(tmp_path / "entropy.png").width > 1000
     entries = json.loads((tmp_path / "entropy.json").read_text())["entries"]
-    assert len(entries) == 6 * 4 * 2 * 2 * 2  # runs, layers, steps, halves, heads
+    assert len(entries) == 6 * 4 * 2 * 2 * 2  # runs x layers x steps x halves of the batch x heads
 
 
 def test_match_entropy(example, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The fuzzer passes some hundred calls, and finds mutants of `attention`."""
+"""`attention` passes some hundred calls of the fuzzer, and the fuzzer finds mutants of `attention`."""
 
 import subprocess
 import sys

@@ -89,7 +89,7 @@ def test_second_device():
 
 @pytest.fixture
 def precision():
-    """torch.set_float32_matmul_precision; the precision is restored after the test."""
+    """torch.set_float32_matmul_precision. The fixture restores the precision after the test."""
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)

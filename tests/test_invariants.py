@@ -33,7 +33,7 @@ def everything(query, key, value, backend, **kwargs) -> AttentionOutput:
 
 
 def assert_agree(result: AttentionOutput, other, expected) -> None:
-    """Compare two results of equal attention. The bound is doubled, because each result has its own rounding."""
+    """Compare two results that must be equal up to rounding. The bound is doubled, because both are rounded."""
     for name, a, b in zip(("out", "entropy", "lse"), result, other, strict=True):
         assert_within(name, a, b.double(), 2 * getattr(expected, f"{name}_bound"))
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 NAMES = attention_forward.fn.__code__.co_varnames[: attention_forward.fn.__code__.co_argcount]
-# Arguments without specialisation by value. Triton never specialises floats.
+# The arguments that the kernel is not specialised on. Triton never specialises on floats.
 NEVER = {n for n in NAMES if n.startswith("stride_") and n != "stride_mn"} | {"H", "Hkv", "Nq", "Nk"}
 
 

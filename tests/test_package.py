@@ -137,7 +137,7 @@ def test_hugging_face_kernels_keeps_its_name(fresh, wheel, tree, tmp_path):
     install(interpreter, wheel, cwd=tmp_path)
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
     if not (site / "kernels").exists():
-        # Hugging Face's package is not installed. The clone's folder `kernels` has no __init__.py, so no origin.
+        # Hugging Face's package is not installed. The clone's folder `kernels` is a namespace package without origin.
         assert run(interpreter, "-c", code, cwd=tmp_path).strip() == "None"
         assert run(interpreter, "-c", code, cwd=tree).strip() == "None"
         (site / "kernels").mkdir()

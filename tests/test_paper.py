@@ -154,7 +154,7 @@ def test_a_run_on_the_embedded_pipeline(tmp_path):
     results = tmp_path / "glyphs" / "results.jsonl"
     rows = rows_in(results)
     kinds = [row["kind"] for row in rows]
-    assert kinds.count("fid") == kinds.count("clip") == 7 + 1 + 5  # rules, resized, and the control
+    assert kinds.count("fid") == kinds.count("clip") == 7 + 1 + 5  # rules and resized at 16 x 16, controls at 24 x 24
     assert kinds.count("cost") == 3
     assert kinds.count("chosen") == 1
     assert kinds.count("entropy") == 2 * 3

@@ -1,4 +1,4 @@
-"""The invalid calls. Each has one mistake, and the names of the arguments that the error may mention."""
+"""The invalid calls. Each has one mistake, and the error must name one of the arguments listed for it."""
 
 from __future__ import annotations
 

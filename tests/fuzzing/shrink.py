@@ -48,7 +48,7 @@ def _simpler(value: Any, default: Any) -> Iterator[Any]:
 
 
 def traits(value: Any, default: Any = None, name: str = "") -> frozenset[str]:
-    """The options, except sizes, in which a call differs from the default. Failures with equal traits count once."""
+    """The options, except sizes, that differ from the default. Failures with equal traits are printed once."""
     if dataclasses.is_dataclass(value):
         default = Call(seed=0) if isinstance(value, Call) else type(value)() if default is None else default
         fields = [f.name for f in dataclasses.fields(value) if f.name not in ("seed", "B", "Nq", "Nk", "D", "Dv")]
