@@ -29,7 +29,7 @@ def attention(
     enable_gqa: bool = False,
     train_tokens: int | None = None,
     train_entropy: float = 0,
-    num_tokens: int | None = None,
+    num_tokens: int | torch.Tensor | None = None,
     layout: str = "bhnd",
     return_entropy: bool = False,
     return_lse: bool = False,
@@ -52,14 +52,15 @@ def attention(
             The masks of `torch.nn.attention.bias` are taken too.
         dropout_p: must be 0.
         is_causal: query i sees the keys 0 … i. Not together with `attn_mask`.
-        scale: λ as a number, or as a float32 tensor of shape (), (B,) or (B, H) on the device of query. The tensor
-            is read on the device, without synchronising, so its elements are not checked: NaN gives NaN (in a row
-            that sees no key, NaN or 0).
+        scale: λ as a number, or as a float32 tensor of shape (), (B,), (B, H) or (B, H, Nq) on the device of query.
+            The tensor is read on the device, without synchronising, so its elements are not checked: NaN gives NaN
+            (in a row that sees no key, NaN or 0).
         enable_gqa: allow H to be a multiple of Hkv. Keys and values are not repeated in memory (but for "reference").
         train_tokens: T, the number of tokens the model was trained with. Not together with `scale`.
         train_entropy: H_T in nats, the layer's mean entropy at T tokens; λ is then
             sqrt((ln N - H_T) / (ln T - H_T) / D), see `entropy_scale`. Only with `train_tokens`.
-        num_tokens: N for the rule; Nk by default. Only with `train_tokens`.
+        num_tokens: N for the rule; Nk by default. Only with `train_tokens`. An int tensor (B,) on the device of query
+            gives each sample λ from its own N, as in a padded batch. It is not checked: N = 1 gives λ = 0.
         layout: "bhnd", or "bnhd" for query, key, value and the output with the axes (B, N, H, D). Neither is copied;
             only a tensor whose last axis is not contiguous is.
         return_entropy: also return the entropy of the softmax rows that were applied, after λ, mask and causality.

@@ -83,14 +83,14 @@ def flag(name: str, value) -> bool:
     raise TypeError(f"{name} must be a bool, got {_type_of(value)}")
 
 
-def integer(name: str, value):
+def integer(name: str, value, kinds: str = "an int"):
     """`value` as an int, a symbolic one while tracing, or None; numpy's are taken too."""
     if isinstance(value, np.integer):
         value = int(value)
     if value is None or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {_type_of(value)}")
+        raise TypeError(f"{name} must be {kinds}, got {_type_of(value)}")
     if not -LARGEST_INT <= value <= LARGEST_INT:  # the operator takes 64 bits
         raise ValueError(f"{name} must be {'below 2**63' if value > 0 else 'above -2**63'}, got {value}")
     return value
@@ -135,7 +135,12 @@ def operator_arguments(
     _check_shapes(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(attn_mask, query, key)
-    train_tokens, num_tokens = integer("train_tokens", train_tokens), integer("num_tokens", num_tokens)
+    train_tokens, num_tokens_tensor = integer("train_tokens", train_tokens), None
+    if isinstance(num_tokens, torch.Tensor):
+        _check_num_tokens_tensor(num_tokens, query)
+        num_tokens_tensor = num_tokens
+    else:
+        num_tokens = integer("num_tokens", num_tokens, "an int or a tensor")
     train_entropy = real("train_entropy", train_entropy)
     _check_rule(scale, train_tokens, train_entropy, num_tokens)
     scale_tensor = None
@@ -149,8 +154,9 @@ def operator_arguments(
     if torch.is_grad_enabled():
         refuse_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale_tensor)
     return (
-        query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy, num_tokens,
-        is_causal, return_entropy, return_lse, backend,
+        query, key, value, attn_mask, scale_tensor, scale, train_tokens, train_entropy,
+        None if num_tokens_tensor is not None else num_tokens, num_tokens_tensor, is_causal, return_entropy,
+        return_lse, backend,
     )  # fmt: skip
 
 
@@ -221,7 +227,8 @@ def _check_rule(scale, train_tokens, train_entropy, num_tokens) -> None:
     """Which of the arguments decide the scale; the values of N, T and H_T are checked where λ is computed."""
     if train_tokens is None:
         if num_tokens is not None:
-            raise ValueError(f"num_tokens needs train_tokens, got num_tokens={num_tokens} alone")
+            given = "a tensor" if isinstance(num_tokens, torch.Tensor) else num_tokens
+            raise ValueError(f"num_tokens needs train_tokens, got num_tokens={given} alone")
         if train_entropy != 0.0:
             raise ValueError(f"train_entropy needs train_tokens, got train_entropy={train_entropy} alone")
     elif scale is not None:
@@ -234,9 +241,22 @@ def _check_scale_tensor(scale, query) -> None:
         raise ValueError(f"scale must be a float32 tensor (or float64 with float64 query), got {scale.dtype}")
     if scale.device != query.device:
         raise ValueError(f"scale must be on the device of query, {query.device}, got {scale.device}")
-    B, H = query.shape[0], query.shape[1]
-    if tuple(scale.shape) not in ((), (B,), (B, H)):
-        raise ValueError(f"scale must have shape (), (B,) = ({B},) or (B, H) = ({B}, {H}), got {tuple(scale.shape)}")
+    B, H, Nq, _ = query.shape
+    if tuple(scale.shape) not in ((), (B,), (B, H), (B, H, Nq)):
+        raise ValueError(
+            f"scale must have shape (), (B,) = ({B},), (B, H) = ({B}, {H}) or (B, H, Nq) = ({B}, {H}, {Nq}), "
+            f"got {tuple(scale.shape)}"
+        )
+
+
+def _check_num_tokens_tensor(num_tokens, query) -> None:
+    plain_tensor("num_tokens", num_tokens)
+    if num_tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"num_tokens must be an int, or an int32 or int64 tensor, got {num_tokens.dtype}")
+    if num_tokens.device != query.device:
+        raise ValueError(f"num_tokens must be on the device of query, {query.device}, got {num_tokens.device}")
+    if tuple(num_tokens.shape) != (query.shape[0],):
+        raise ValueError(f"num_tokens must have shape (B,) = ({query.shape[0]},), got {tuple(num_tokens.shape)}")
 
 
 def refuse_grad(**inputs) -> None:

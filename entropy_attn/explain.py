@@ -9,28 +9,30 @@ from typing import Any
 from entropy_attn import checks
 from entropy_attn.attention import attention
 from entropy_attn.backends import choose
-from entropy_attn.op import resolve_scale
+from entropy_attn.op import expanded, resolve_scale
+from entropy_attn.scale import tensor_scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What a call of `attention` would do; `print` it, or read the fields.
 
-    `scale` is None where λ is a tensor: reading it would synchronise. `config` is what the Triton kernel is compiled
-    for, an `entropy_attn.kernels.config.Config`, its tile included; None for the other backends.
+    `scale` and `num_tokens` are None for tensors: reading them would synchronise. `config` is what the Triton
+    kernel is compiled for, an `entropy_attn.kernels.config.Config`, its tile included; None for the other backends.
     """
 
     backend: str
     reason: str
     scale: float | None
-    num_tokens: int
+    num_tokens: int | None
     train_tokens: int | None
     config: Any
 
     def __str__(self) -> str:
         trained = f"T = {self.train_tokens}, " if self.train_tokens is not None else ""
         scale = "a tensor" if self.scale is None else f"{self.scale:.6g}"
-        lines = [f"backend  {self.backend}: {self.reason}", f"scale    {scale} ({trained}N = {self.num_tokens})"]
+        tokens = "a tensor" if self.num_tokens is None else self.num_tokens
+        lines = [f"backend  {self.backend}: {self.reason}", f"scale    {scale} ({trained}N = {tokens})"]
         if self.config is not None:
             lines.append(f"tile     {self.config.tile}")
         return "\n".join(lines)
@@ -44,14 +46,18 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     query, key, value, attn_mask, scale_tensor, scale, *rule, is_causal, return_entropy, return_lse, backend = (
         checks.operator_arguments(**given)
     )
-    train_tokens, train_entropy, num_tokens = rule
+    train_tokens, train_entropy, num_tokens, num_tokens_tensor = rule
     backend, reason = choose(query, value, backend)
+    if num_tokens_tensor is not None:
+        scale_tensor = tensor_scale(num_tokens_tensor, train_tokens, query.shape[3], train_entropy)
     if scale_tensor is None:
         scale = resolve_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
     config = None
     if backend == "triton":
         from entropy_attn.backends.triton import config_of
 
-        given_scale = scale if scale_tensor is None else scale_tensor
+        given_scale = scale if scale_tensor is None else expanded(scale_tensor, query)
         config = config_of(query, key, value, attn_mask, given_scale, is_causal, return_entropy, return_lse)
-    return Explanation(backend, reason, scale, key.shape[2] if num_tokens is None else num_tokens, train_tokens, config)
+    if num_tokens is None and num_tokens_tensor is None:
+        num_tokens = key.shape[2]
+    return Explanation(backend, reason, scale, num_tokens, train_tokens, config)

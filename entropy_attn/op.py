@@ -14,7 +14,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from entropy_attn import checks
 from entropy_attn.backends import load, new_outputs
-from entropy_attn.scale import entropy_scale
+from entropy_attn.scale import entropy_scale, tensor_scale
 
 
 def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) -> float:
@@ -23,6 +23,13 @@ def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) 
         num_tokens = Nk if num_tokens is None else num_tokens
         return entropy_scale(num_tokens, train_tokens, head_dim, train_entropy)
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def expanded(scale: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A scale of shape (), (B,), (B, H) or (B, H, Nq) as a view (B, H, Nq)."""
+    while 0 < scale.dim() < 3:
+        scale = scale.unsqueeze(-1)
+    return scale.expand(query.shape[:3])
 
 
 # Only for the running operator: while tracing, sizes are symbolic and cannot be keys of a cache.
@@ -39,6 +46,7 @@ def _attention(
     train_tokens: int | None,
     train_entropy: float,
     num_tokens: int | None,
+    num_tokens_tensor: torch.Tensor | None,
     is_causal: bool,
     return_entropy: bool,
     return_lse: bool,
@@ -49,10 +57,13 @@ def _attention(
     The operator's schema is this signature.
     """
     resolved: float | torch.Tensor
+    if num_tokens_tensor is not None:  # (B,)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scale_tensor = tensor_scale(num_tokens_tensor, train_tokens, query.shape[3], train_entropy, dtype)
     if scale_tensor is None:
         resolved = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
-    else:  # (), (B,) or (B, H)
-        resolved = (scale_tensor[:, None] if scale_tensor.dim() == 1 else scale_tensor).expand(query.shape[:2])
+    else:
+        resolved = expanded(scale_tensor, query)
     run = load(query, value, backend)
     return _tensors(query, run(query, key, value, attn_mask, resolved, is_causal, return_entropy, return_lse))
 

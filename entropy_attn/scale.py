@@ -55,7 +55,7 @@ def entropy_scale(num_tokens, train_tokens, head_dim, train_entropy=0.0):
     if not isinstance(train_entropy, torch.Tensor):
         _check_train_entropy(train_entropy, numbers)
     if any(isinstance(x, torch.Tensor) for x in (num_tokens, train_tokens, train_entropy)):
-        return _tensor_scale(num_tokens, train_tokens, head_dim, train_entropy)
+        return tensor_scale(num_tokens, train_tokens, head_dim, train_entropy)
     return math.sqrt(entropy_ratio(num_tokens, train_tokens, train_entropy)) / math.sqrt(head_dim)
 
 
@@ -84,7 +84,13 @@ def _check_train_entropy(value: float, numbers: dict) -> None:
             )
 
 
-def _tensor_scale(num_tokens, train_tokens, head_dim: int, train_entropy) -> torch.Tensor:
-    device = next(x.device for x in (num_tokens, train_tokens, train_entropy) if isinstance(x, torch.Tensor))
-    n, t, h = (torch.as_tensor(x, device=device).to(torch.float32) for x in (num_tokens, train_tokens, train_entropy))
-    return torch.sqrt((n.log() - h) / (t.log() - h)) / math.sqrt(head_dim)
+def tensor_scale(num_tokens, train_tokens, head_dim: int, train_entropy, dtype=torch.float32) -> torch.Tensor:
+    """`entropy_scale` of tensors, unchecked.
+
+    Numbers stay numbers: moving one to a device would copy from the host, which a CUDA graph cannot capture.
+    """
+    log_n, log_t = (
+        x.to(dtype).log() if isinstance(x, torch.Tensor) else math.log(x) for x in (num_tokens, train_tokens)
+    )
+    h = train_entropy.to(dtype) if isinstance(train_entropy, torch.Tensor) else train_entropy
+    return torch.sqrt((log_n - h) / (log_t - h)) / math.sqrt(head_dim)

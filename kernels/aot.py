@@ -58,7 +58,7 @@ def compile_config(architecture: str, dtype: str, config: Config) -> CompiledKer
         "Mask": {"none": None, "boolean": "u8", "floating": element}[config.mask],
         "Entropy": "fp32" if config.entropy else None,
         "Lse": "fp32" if config.lse else None,
-    } | ({"Scale": "fp32"} if config.tensor_scale else {})  # fmt: skip
+    } | ({"Scale": "fp32"} if config.scale != "number" else {})  # fmt: skip
     constants: dict[str, Any] = {name: None for name, pointee in pointees.items() if pointee is None} | {"C": config}
     if config.mask != "none":
         constants["stride_mn"] = 1

@@ -65,8 +65,8 @@ def attend(queries, keys, start, state, scale, C: tl.constexpr, EDGE: tl.constex
     s = scores(queries, k, C)
     unit = scale
     if MASKED and C.mask == "floating":
-        s *= scale
-        unit = 1.0
+        s *= softmax.column(scale, C)
+        unit = tl.full([C.tile.block_m], 1.0, tl.float32) if C.scale == "per_query" else 1.0
     s = masks.hide(s, bias, key_index, queries.index, inside, C, EDGE)
     state, p = softmax.fold(state, s, unit, C, EDGE or MASKED, EDGE)
     v = rows.load(keys.value, start, seen, EDGE or MASKED, VALUE_PIECES, C.value_dim)
@@ -77,14 +77,14 @@ def attend(queries, keys, start, state, scale, C: tl.constexpr, EDGE: tl.constex
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
         "stride_vb", "stride_vh", "stride_vn", "stride_ob", "stride_oh", "stride_on",
-        "stride_mb", "stride_mh", "stride_mm", "stride_sb", "stride_sh", "H", "Hkv", "Nq", "Nk",
+        "stride_mb", "stride_mh", "stride_mm", "stride_sb", "stride_sh", "stride_sn", "H", "Hkv", "Nq", "Nk",
     ]
 )  # fmt: skip
 def attention_forward(
     Q, K, V, Mask, Scale, Out, Entropy, Lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_sn,
     H, Hkv, Nq, Nk,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +92,8 @@ def attention_forward(
 
     Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, Dv) and Out (B, H, Nq, Dv): any strides, in units of C.row_unit
     elements; that of the last axis is 1. Mask (B, H, Nq, Nk), uint8 or floating, or None: strides may be 0; all but
-    the last are in units of C.mask_unit elements. Scale: a number, or float32 (B, H). Entropy and Lse: float32
-    (B, H, Nq), or None. C: a `config.Config`.
+    the last are in units of C.mask_unit elements. Scale: a number, or float32 (B, H, Nq) of any strides. Entropy and
+    Lse: float32 (B, H, Nq), or None. C: a `config.Config`.
     """
     M: tl.constexpr = C.tile.block_m
     N: tl.constexpr = C.tile.block_n
@@ -121,7 +121,13 @@ def attention_forward(
         mask = Mask + (batch * stride_mb + head * stride_mh) * C.mask_unit
         mask = masks.mask_rows(mask, stride_mm, stride_mn, first, Nq, C)
 
-    scale = tl.load(Scale + batch * stride_sb + head * stride_sh) if C.tensor_scale else Scale
+    scale = Scale
+    if C.scale != "number":
+        scale = Scale + batch * stride_sb + head * stride_sh
+        if C.scale == "per_query":  # [M]
+            scale = tl.load(scale + query_index.to(tl.int64) * stride_sn, mask=inside, other=1.0)
+        else:
+            scale = tl.load(scale)
     sign = tl.where(scale < 0, -1.0, 1.0)
     scale = tl.where(scale == 0.0, SMALLEST, tl.abs(scale))  # positive: the maximum of s * scale is max(s) * scale
     if C.mask != "floating":
@@ -129,7 +135,7 @@ def attention_forward(
     q = rows.load(q_rows, first, inside, True, KEY_PIECES, C.head_dim)
     signed = ()
     for i in tl.static_range(len(q)):
-        signed = signed + ((q[i].to(tl.float32) * sign).to(q[i].dtype),)
+        signed = signed + ((q[i].to(tl.float32) * softmax.column(sign, C)).to(q[i].dtype),)
     queries = Queries(signed, query_index)
     visible = masks.visible_keys(mask, tile, Nq, Nk, C)
 

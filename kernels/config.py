@@ -21,7 +21,7 @@ class Config:
     precision: of tl.dot with float32, "ieee", "tf32" or "tf32x3".
     mask: "none", "boolean" or "floating". mask_per_query: its rows differ from query to query; else all queries of a
         head share one row of keys.
-    tensor_scale: the scale is a tensor, one number per head, and not one number.
+    scale: "number", or of a tensor "per_head" or "per_query".
     row_unit, mask_unit: strides are given in units of that many elements. The unit tells the compiler how far every
         row is aligned, so that it loads 16 bytes at once.
     large_offsets: an offset inside one tile can pass 2^31 elements.
@@ -38,7 +38,7 @@ class Config:
     is_causal: bool
     mask: str
     mask_per_query: bool
-    tensor_scale: bool
+    scale: str
     entropy: bool
     lse: bool
     row_unit: int
@@ -62,7 +62,7 @@ def configure(
     is_causal: bool = False,
     mask: str = "none",
     mask_per_query: bool = False,
-    tensor_scale: bool = False,
+    scale: str = "number",
     entropy: bool = False,
     lse: bool = False,
     tf32: bool = False,
@@ -89,7 +89,7 @@ def configure(
         is_causal=is_causal,
         mask=mask,
         mask_per_query=mask_per_query,
-        tensor_scale=tensor_scale,
+        scale=scale,
         entropy=entropy,
         lse=lse,
         row_unit=row_unit,

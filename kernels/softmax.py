@@ -56,10 +56,17 @@ def zeros(M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def column(scale, C: tl.constexpr):
+    """A scale for a tile [M, width]: [M, 1] if every query has its own, else the number itself."""
+    return scale[:, None] if C.scale == "per_query" else scale
+
+
+@triton.jit
 def fold(state, s, unit, C: tl.constexpr, HIDES: tl.constexpr, ANY_SIZE: tl.constexpr):
     """Fold a block of scores s [M, N] into the state: returns the state, its acc not yet added to, and p [M, N].
 
-    unit: what s is multiplied by to be in the unit of m. HIDES: a score may be -inf. ANY_SIZE: |m| may be LARGE.
+    unit: what s is multiplied by to be in the unit of m, a number or [M]. HIDES: a score may be -inf.
+    ANY_SIZE: |m| may be LARGE.
     """
     top = tl.max(s, 1)
     m = top * unit
@@ -68,7 +75,7 @@ def fold(state, s, unit, C: tl.constexpr, HIDES: tl.constexpr, ANY_SIZE: tl.cons
         m = tl.minimum(m, LARGEST)
         m = tl.where(tl.fma(top, unit, -m) < 0, m - tl.abs(m) * EPSILON, m)
     m = tl.maximum(state.m, m)
-    x = tl.fma(s, unit, -m[:, None])  # the product is not rounded: an offset of the logits costs no digits
+    x = tl.fma(s, column(unit, C), -m[:, None])  # the product is not rounded: an offset of the logits costs no digits
     d = state.m - m
     if C.mask == "floating":
         x *= LOG2E

@@ -16,7 +16,7 @@ def inputs():
 
 
 def operator(query, key, value, attn_mask, scale, backend="cpu"):
-    options = (None, None, 0.0, None, False, False, False, backend)
+    options = (None, None, 0.0, None, None, False, False, False, backend)
     return torch.ops.entropy_attn.attention(query, key, value, attn_mask, scale, *options)[0]
 
 

@@ -21,25 +21,27 @@ def qkv(N=33, layout="bhnd", D=16, H=2, Hkv=2):
 
 @pytest.mark.parametrize("tokens_first", [False, True], ids=["bhnd", "bnhd"])
 @pytest.mark.parametrize(("lse", "entropy"), list(itertools.product([False, True], repeat=2)))
-@pytest.mark.parametrize("scale", ["number", "tensor", "train_tokens"])
+@pytest.mark.parametrize("scale", ["number", "tensor", "per query", "train_tokens", "num_tokens"])
 @pytest.mark.parametrize("mask", [False, True], ids=["", "mask"])
 def test_opcheck(tokens_first, lse, entropy, scale, mask):
     query, key, value = qkv()
     if tokens_first:
         query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
     attn_mask = torch.rand(2, 1, 1, 33) > 0.3 if mask else None
-    scale_tensor = torch.rand(2, 2) if scale == "tensor" else None
+    scale_tensor = {"tensor": torch.rand(2, 2), "per query": torch.rand(2, 2, query.shape[2])}.get(scale)
     number = 0.3 if scale == "number" else None
-    train_tokens = 99 if scale == "train_tokens" else None
-    arguments = (query, key, value, attn_mask, scale_tensor, number, train_tokens, 0.0, None, False, entropy, lse)
-    results = torch.library.opcheck(torch.ops.entropy_attn.attention.default, (*arguments, "auto"))
+    train_tokens = 99 if scale.endswith("_tokens") else None
+    num_tokens = torch.tensor([20, 33]) if scale == "num_tokens" else None
+    rule = (number, train_tokens, 0.0, None, num_tokens)
+    arguments = (query, key, value, attn_mask, scale_tensor, *rule, False, entropy, lse, "auto")
+    results = torch.library.opcheck(torch.ops.entropy_attn.attention.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
 
 
 def test_not_asked_for_is_not_allocated():
     query, key, value = qkv()
-    arguments = (query, key, value, None, None, None, None, 0.0, None, False)
+    arguments = (query, key, value, None, None, None, None, 0.0, None, None, False)
     out, entropy, lse = torch.ops.entropy_attn.attention(*arguments, False, False, "cpu")
     assert out.shape == query.shape
     assert lse.shape == entropy.shape == (0,)

@@ -1,8 +1,8 @@
 """Which backend runs a call. Each is a module with one function ``forward``, imported when first needed.
 
 ``forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse) -> (out, entropy, lse)`` takes
-tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float or a tensor expanded to (B, H); what
-was not asked for comes back as None.
+tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float or a tensor expanded to (B, H, Nq);
+what was not asked for comes back as None.
 """
 
 from __future__ import annotations

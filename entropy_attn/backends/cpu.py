@@ -93,7 +93,7 @@ class _Call(NamedTuple):
     key: torch.Tensor  # (B, Hkv, Nk, D)
     value: torch.Tensor  # (B, Hkv, Nk, Dv)
     mask: torch.Tensor | None  # (B, H, Nq, Nk)
-    scale: float | torch.Tensor  # a tensor is (B, H)
+    scale: float | torch.Tensor  # a tensor is (B, H, Nq)
     is_causal: bool
     out: torch.Tensor  # (B, H, Nq, Dv)
     entropy: torch.Tensor | None  # (B, H, Nq)
@@ -142,7 +142,6 @@ def _attend(call: _Call, part: _Part) -> None:
     mask = None if call.mask is None else call.mask[batch, heads]
     if (mask is not None or call.is_causal) and not _is_finite(value):
         value = _without_hidden(value, mask, call.query.shape[2])
-    scale = call.scale[batch, heads, None, None].to(dtype) if isinstance(call.scale, torch.Tensor) else call.scale
 
     step = _rows_at_once(key.shape[0], Nk)
     for first in range(part.first, part.stop, step):
@@ -153,6 +152,9 @@ def _attend(call: _Call, part: _Part) -> None:
             hidden = mask[:, rows]
         elif call.is_causal and keys > first + 1:
             hidden = torch.ones((rows.stop - first, keys), dtype=torch.bool).tril(first)
+        scale = call.scale
+        if isinstance(scale, torch.Tensor):
+            scale = scale[batch, heads, rows, None].to(dtype)
         query = call.query[batch, heads, rows].to(dtype) * scale
         out, entropy, lse = _softmax(query, key[:, :keys], value[:, :keys], hidden)
         call.out[batch, heads, rows] = out

@@ -12,7 +12,7 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
     groups = query.shape[1] // max(1, key.shape[1])
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
     if isinstance(scale, torch.Tensor):
-        scale = scale.double()[..., None, None]
+        scale = scale.double()[..., None]
     scores = query.double() @ key.mT * scale  # (B, H, Nq, Nk)
 
     visible = torch.ones_like(scores, dtype=torch.bool)

@@ -31,7 +31,7 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
     if isinstance(scale, torch.Tensor):
         strides = (*strides, *scale.stride())
     else:
-        scale, strides = _rounded(scale), (*strides, 0, 0)
+        scale, strides = _rounded(scale), (*strides, 0, 0, 0)
     with _on(query.device):
         attention_forward[(B * H * -(-Nq // config.tile.block_m),)](
             query, key, value, attn_mask, scale, out, entropy, lse, *strides, H, key.shape[1], Nq, key.shape[2],
@@ -71,7 +71,7 @@ def _plan(
         is_causal=is_causal,
         mask=mask,
         mask_per_query=strides.mask_per_query,
-        tensor_scale=isinstance(scale, torch.Tensor),
+        scale=_scale_kind(scale),
         entropy=entropy is not None,
         lse=lse is not None,
         tf32=query.dtype == torch.float32 and _tf32_allowed(),
@@ -114,6 +114,13 @@ def _config(device, dtype, head_dim, value_dim, tile, largest_stride, **options)
     tile = tile or find_tile(architecture, dtype, max(head_dim, value_dim))
     large_offsets = largest_stride * max(tile.block_m, tile.block_n) >= 2**31
     return configure(architecture, dtype, head_dim, value_dim, tile=tile, large_offsets=large_offsets, **options)
+
+
+def _scale_kind(scale) -> str:
+    """`Config.scale` for a number, or for a tensor expanded to (B, H, Nq)."""
+    if not isinstance(scale, torch.Tensor):
+        return "number"
+    return "per_query" if scale.stride(2) else "per_head"
 
 
 def _rounded(scale: float) -> float:

@@ -149,11 +149,24 @@ def _ways_of_scales() -> None:
     _set("scale", "torch.ones((), dtype=torch.float64)", lambda call: _no_scale(call) and call.dtype != "float64")
     _way("scale requires grad", "scale", "arguments['scale'] = torch.ones((), requires_grad=True)", _no_scale)
     _set("scale", "0.1", _rule, "scale|train_tokens")
-    _set("train_tokens", "64", lambda call: call.scale.kind not in ("none", "rule"), "scale|train_tokens")
+    _set(
+        "train_tokens",
+        "64",
+        lambda call: call.scale.kind not in ("none", "rule", "rule per sample"),
+        "scale|train_tokens",
+    )
     for value in ("9.0", "'9'", "True", "1", "0", "-5", "10**30", "np.float64(9.0)", "[9]", "1j"):
         _set("train_tokens", value, lambda call: _no_scale(call) and call.Nk >= 2)
         _set("num_tokens", value, _rule)
     _set("num_tokens", "9", _no_scale)
+    _set("num_tokens", "torch.full((<B>,), 9)", _no_scale)
+    for value in (
+        "torch.ones(<B>)",
+        "torch.full((<B> + 1,), 9)",
+        "torch.tensor(9)",
+        "torch.full((<B>,), 9, device='meta')",
+    ):
+        _set("num_tokens", value, _rule)
     for value in ("'0'", "math.nan", "math.inf", "-1.0", "100.0", "True", "[0.0]", "1j"):
         _set("train_entropy", value, _rule)
     _set("train_entropy", "1.0", _no_scale)

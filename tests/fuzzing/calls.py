@@ -19,7 +19,8 @@ MULTIPLY_ADDS = 1.5e7  # the maximum of one call, which keeps calls fast
 PROGRAMS = 4  # the maximum of one call in Triton's interpreter
 # The kinds of scale with their frequencies: a number, a tensor of a shape, or the paper's rule.
 SCALES = {
-    "none": 6, "float": 6, "int": 1, "np.float32": 1, "np.float64": 1, "()": 2, "(B,)": 2, "(B, H)": 3, "rule": 6,
+    "none": 6, "float": 6, "int": 1, "np.float32": 1, "np.float64": 1, "()": 2, "(B,)": 2, "(B, H)": 3,
+    "(B, H, Nq)": 3, "rule": 6, "rule per sample": 2,
 }  # fmt: skip
 INTEGERS = ("", "np.int64")
 FORWARDS = (0, 1, 2, 3)  # the axes (B, H, N, D) in their order
@@ -162,7 +163,7 @@ def _numbers_are_sound(call: Call) -> bool:
     rule = call.scale
     if rule.nan and (call.mask or call.causal == "causal_lower_right" or call.Nk == 0):
         return False  # a row without keys may then be 0 or NaN
-    if rule.kind == "rule":
+    if rule.kind.startswith("rule"):
         N = rule.num_tokens or call.Nk
         if min(N, rule.train_tokens) < 2 or rule.train_entropy >= 0.9 * math.log(min(N, rule.train_tokens)):
             return False
@@ -170,7 +171,11 @@ def _numbers_are_sound(call: Call) -> bool:
         return False
     query, key = (largest(x, call.dtype) for x in (call.query, call.key))
     product = call.D * query * key
-    scale = abs(rule.size) * (6 if "(" in rule.kind else 1) if rule.kind not in ("none", "rule") else 10.0
+    scale = (
+        abs(rule.size) * (6 if "(" in rule.kind else 1)
+        if rule.kind != "none" and not rule.kind.startswith("rule")
+        else 10.0
+    )
     most = 1e28 if call.mask is not None and call.mask.lowest else 1e36
     if scale > 2.3e38 or max(product, query * scale) > 1e37 or product * scale > most:
         return False

@@ -141,12 +141,18 @@ def _scale(call: Call, arguments: dict[str, Any]) -> np.ndarray:
     if call.scale.kind == "rule":
         N, T, H_T = call.scale.num_tokens or call.Nk, call.scale.train_tokens, call.scale.train_entropy
         scale = math.sqrt((math.log(N) - H_T) / (math.log(T) - H_T) / call.D)
+    elif call.scale.kind == "rule per sample":
+        T, H_T = call.scale.train_tokens, call.scale.train_entropy
+        N = arguments["num_tokens"].cpu().numpy().astype(np.float64)
+        each = np.sqrt((np.log(N) - H_T) / (np.log(T) - H_T) / call.D)
+        return each.reshape(call.B, 1, 1, 1, 1)
     elif scale is None:
         scale = 1 / math.sqrt(call.D)
     if isinstance(scale, torch.Tensor):
         each = numbers(scale)
-        each = np.broadcast_to(each[:, None] if each.ndim == 1 else each, (call.B, call.heads))
-        return each.reshape(call.B, call.Hkv, call.group, 1, 1)
+        each = each.reshape(*each.shape, *[1] * (3 - each.ndim)) if each.ndim else each
+        each = np.broadcast_to(each, (call.B, call.heads, call.Nq))
+        return each.reshape(call.B, call.Hkv, call.group, call.Nq, 1)
     return np.full((1, 1, 1, 1, 1), float(scale))
 
 

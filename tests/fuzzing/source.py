@@ -188,13 +188,15 @@ def _scale(call: Call, scale: Scale) -> dict[str, str]:
     size = scale.size
     if scale.kind == "none":
         return {}
-    if scale.kind == "rule":
+    if scale.kind.startswith("rule"):
 
         def integer(n: int) -> str:
             return f"{scale.integer}({n})" if scale.integer else str(n)
 
         given = {"train_tokens": integer(scale.train_tokens)}
-        if scale.num_tokens:
+        if scale.kind == "rule per sample":
+            given["num_tokens"] = "num_tokens"
+        elif scale.num_tokens:
             given["num_tokens"] = integer(scale.num_tokens)
         if scale.train_entropy:
             given["train_entropy"] = repr(scale.train_entropy)
@@ -207,10 +209,18 @@ def _scale(call: Call, scale: Scale) -> dict[str, str]:
 
 
 def _scale_tensor(call: Call, scale: Scale) -> list[str]:
+    if scale.kind == "rule per sample":
+        least = scale.num_tokens or call.Nk
+        device = "" if call.device == "cpu" else f", device={call.device!r}"
+        return [f"num_tokens = torch.arange({call.B}{device}) + {least}"]
     if "(" not in scale.kind:
         return []
-    shape = {"()": "", "(B,)": f"{call.B}, ", "(B, H)": f"{call.heads}, {call.B}, "}[scale.kind]
-    turned = ".T" if scale.kind == "(B, H)" else ""  # heads have a larger stride than the batch
+    shape = {
+        "()": "", "(B,)": f"{call.B}, ", "(B, H)": f"{call.heads}, {call.B}, ",
+        "(B, H, Nq)": f"{call.Nq}, {call.heads}, {call.B}, ",
+    }[scale.kind]  # fmt: skip
+    # The memory order is the reverse of the axes' order.
+    turned = {"(B, H)": ".T", "(B, H, Nq)": ".permute(2, 1, 0)"}.get(scale.kind, "")
     numbers = f"(normal({shape}seed={call.seed + 6}){turned} * {scale.size!r})"
     made = [f"scale = {numbers}.to({_device(call)}torch.{scale.dtype})"]
     if scale.nan:
