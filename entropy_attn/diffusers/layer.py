@@ -109,8 +109,9 @@ class Layer(Registered):
         scale = multiplier * _scale(query, scale)
         scale, scale_tensor = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
         out, entropy, _ = torch.ops.entropy_attn.attention(
-            query, key, value, attn_mask, scale_tensor, scale, None, 0.0, None, is_causal, self.observes, False, "auto"
-        )
+            query, key, value, attn_mask, scale_tensor, scale, None, 0.0, None, None,
+            is_causal, self.observes, False, "auto",
+        )  # fmt: skip
         if self.observes:
             self._observe(entropy)
         return out
