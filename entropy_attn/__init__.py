@@ -7,7 +7,8 @@ from entropy_attn.explain import Explanation, explain
 from entropy_attn.scale import entropy_scale
 
 if TYPE_CHECKING:
-    from entropy_attn.diffusers import calibrate, disable, enable
+    from entropy_attn.diffusers.calibrating import calibrate
+    from entropy_attn.diffusers.enable import disable, enable
 
 __all__ = [
     "AttentionOutput",

@@ -59,6 +59,21 @@ def entropy_scale(num_tokens, train_tokens, head_dim, train_entropy=0.0):
     return math.sqrt(entropy_ratio(num_tokens, train_tokens, train_entropy)) / math.sqrt(head_dim)
 
 
+def entropy_multiplier(num_tokens, train_tokens, train_entropy=0.0, exponent=0.5, bounds=(0.0, math.inf)):
+    """λ √d of a rule with other exponents and with bounds: ((ln N - H_T) / (ln T - H_T)) ** exponent, unchecked.
+
+    With the defaults it is `entropy_scale` times sqrt(d). Below ln N = H_T the ratio counts
+    as 0. N and T may both be 0-d float32 tensors, of sizes that torch.compile is to take for variables; at N = T the
+    result is 1 exactly.
+    """
+    lowest, highest = bounds
+    if isinstance(num_tokens, torch.Tensor):
+        ratio = (num_tokens.log() - train_entropy) / (train_tokens.log() - train_entropy)
+        return (ratio.clamp(min=0.0) ** exponent).clamp(lowest, highest)
+    ratio = max(entropy_ratio(num_tokens, train_tokens, train_entropy), 0.0)
+    return min(max(ratio**exponent, lowest), highest)
+
+
 def entropy_ratio(num_tokens: int, train_tokens: int, train_entropy: float) -> float:
     """(ln N - H_T) / (ln T - H_T), unchecked: the square of λ √d under the rule of `entropy_scale`."""
     return (math.log(num_tokens) - train_entropy) / (math.log(train_tokens) - train_entropy)

@@ -19,9 +19,8 @@ import entropy_attn
 
 
 def load(model: str) -> DiffusionPipeline:
-    cuda = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if cuda else torch.float32)
-    return pipe.to("cuda" if cuda else "cpu")
+    pipe = DiffusionPipeline.from_pretrained(model)
+    return pipe.to("cuda", torch.float16) if torch.cuda.is_available() else pipe
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:

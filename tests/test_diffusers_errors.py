@@ -1,5 +1,6 @@
 """What `enable` refuses, and what it says then."""
 
+import importlib.metadata
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import tiny_pipelines as tiny
 from diffusers import StableDiffusionPipeline
 
 import entropy_attn
-from entropy_attn.diffusers import version
+from entropy_attn.diffusers import check_version
 
 
 @pytest.fixture(scope="module")
@@ -146,20 +147,20 @@ def test_calibrating_what_is_enabled(pipe):
     ("installed", "fits"), [("0.42.1", True), ("0.43.0.dev0", True), ("1.0.0", True), ("0.30.3", False)]
 )
 def test_versions_of_diffusers(installed, fits, monkeypatch):
-    monkeypatch.setattr(version, "version", lambda name: installed)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
     if fits:
-        version.check_version()
+        check_version()
     else:
         with pytest.raises(ImportError, match=f"needs Diffusers .* or newer, {installed} is installed: pip install"):
-            version.check_version()
+            check_version()
 
 
 def test_without_diffusers(monkeypatch):
     def missing(name):
-        raise version.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(version, "version", missing)
-    for name in [name for name in sys.modules if name.startswith("entropy_attn.diffusers") and "version" not in name]:
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    for name in [name for name in sys.modules if name.startswith("entropy_attn.diffusers")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"needs Diffusers: pip install 'entropy_attn\[diffusers\]'"):
         entropy_attn.enable(None)

@@ -14,8 +14,9 @@ import tiny_pipelines as tiny
 
 import entropy_attn
 from entropy_attn.diffusers import EntropyRecord
-from entropy_attn.diffusers.clock import Clock
 from entropy_attn.diffusers.plots import Run, fit
+from entropy_attn.diffusers.record import Seen
+from entropy_attn.diffusers.steps import Clock
 
 
 @pytest.fixture
@@ -122,8 +123,8 @@ def test_memory_does_not_grow_with_the_image():
 def test_repeated_calls_of_a_step_are_averaged():
     record = EntropyRecord()
     session, clock = record.open_session("λ"), Clock()
-    moment = clock.tick("unet", 900.0)
-    seen = type("Seen", (), {"tokens": None, "keys": 9, "multiplier": 1.0})
+    moment = clock.tick("unet", 900.0, torch.zeros(1))
+    seen = Seen(9, None, 1.0)
     session.add("layer", moment, seen, torch.full((1, 2, 9), 1.0))
     session.add("layer", moment, seen, torch.full((1, 2, 9), 4.0))
     session.add("layer", moment, seen, torch.full((1, 2, 9), 4.0))
@@ -186,9 +187,9 @@ def test_fit_of_a_line():
 @pytest.mark.parametrize("timesteps", [(900, 600, 300), (0.1, 0.4, 0.9)])
 def test_clock_without_a_pipeline(timesteps):
     clock = Clock()
-    moments = [clock.tick("", t) for t in (*timesteps, *timesteps)]
+    moments = [clock.tick("", t, torch.zeros(1)) for t in (*timesteps, *timesteps)]
     assert [(m.run, m.step, m.turn) for m in moments] == [(run, step, 0) for run in (0, 1) for step in (0, 1, 2)]
-    assert clock.tick("", timesteps[-1])[1:] == (2, 1)
+    assert clock.tick("", timesteps[-1], torch.zeros(1))[1:] == (2, 1)
 
 
 def test_clock_knows_a_new_schedule():

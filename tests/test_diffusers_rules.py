@@ -13,10 +13,9 @@ import tiny_pipelines as tiny
 
 import entropy_attn
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibrate, calibration_from
-from entropy_attn.diffusers.clock import Moment
-from entropy_attn.diffusers.matching import Matcher
-from entropy_attn.diffusers.rule import Rule
-from entropy_attn.diffusers.tokens import Tokens
+from entropy_attn.diffusers.models import Tokens
+from entropy_attn.diffusers.rule import Matcher, Rule
+from entropy_attn.diffusers.steps import Moment
 
 PAPER = math.sqrt(math.log(64) / math.log(1024))
 
@@ -277,7 +276,7 @@ def test_the_matcher_finds_the_multiplier_of_a_row():
     matcher = Matcher(Rule(train_entropy=6.0, match_entropy=True))
     for step in range(8):
         multiplier = matcher.multiplier_for(Moment(0, step, 0), Tokens(4096, 1024))
-        matcher.observe(entropy(multiplier))
+        matcher.observe(Moment(0, step, 0), entropy(multiplier))
     assert float(entropy(multiplier).mean()) == pytest.approx(6.0, abs=1e-3)
     again = matcher.multiplier_for(Moment(1, 0, 0), Tokens(4096, 1024))
     assert again == Rule(train_entropy=6.0).multiplier_for(Tokens(4096, 1024))
@@ -287,4 +286,4 @@ def test_matching_stays_at_the_bound_out_of_reach():
     matcher = Matcher(Rule(train_entropy=6.0, match_entropy=True))
     for step in range(3):
         assert matcher.multiplier_for(Moment(0, step, 0), Tokens(256, 4096)) == 0.5
-        matcher.observe(torch.full((1, 1, 256), 5.0))
+        matcher.observe(Moment(0, step, 0), torch.full((1, 1, 256), 5.0))

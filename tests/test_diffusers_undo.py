@@ -49,11 +49,12 @@ def hooks_on(model):
 
 def test_disabled(pipe):
     stock, forward = run(pipe), pipe.unet.forward
+    attributes = [set(module.__dict__) for module in pipe.unet.modules()]
     handle = entropy_attn.enable(pipe)
-    assert F.scaled_dot_product_attention is not PYTORCH_SDPA
-    assert hooks_on(pipe.unet) == 2 + 4 * 4
+    assert seam_is_out()  # λ alone needs none
     assert_scaled(run(pipe), stock)
     handle.disable()
+    assert [set(module.__dict__) for module in pipe.unet.modules()] == attributes
     assert not handle.enabled
     assert seam_is_out()
     assert hooks_on(pipe.unet) == 0
@@ -148,7 +149,7 @@ def test_disabling_twice_or_what_was_not_enabled(pipe):
 
 def test_seam_stays_until_the_last_handle(pipe):
     other, stock = tiny.sd(), run(pipe)
-    handles = [entropy_attn.enable(pipe), entropy_attn.enable(other)]
+    handles = [entropy_attn.enable(each, record_entropy=True) for each in (pipe, other)]
     taken_over = F.scaled_dot_product_attention
     handles[0].disable()
     handles[0].disable()
@@ -167,35 +168,40 @@ def test_function_in_the_place_of_sdpa_is_given_back(pipe, monkeypatch):
         return PYTORCH_SDPA(query, *arguments, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", replaced)
-    with entropy_attn.enable(pipe):
+    with entropy_attn.enable(pipe, record_entropy=True):
+        assert F.scaled_dot_product_attention is not replaced
         run(pipe)
         assert 77 in calls  # the text encoder
     assert F.scaled_dot_product_attention is replaced
     monkeypatch.undo()
 
 
-def test_function_that_covers_ours_stays(pipe, monkeypatch):
+def test_function_that_covers_ours_stays(pipe):
     """Someone takes over SDPA while a pipeline is enabled, and calls what was there before."""
-    stock, calls = run(pipe), []
+    stock, calls, options = run(pipe), [], {"record_entropy": True}
 
     def covering(*args, **kwargs):
         calls.append(args)
         return inner(*args, **kwargs)
 
-    with entropy_attn.enable(pipe):
+    with entropy_attn.enable(pipe, **options):
         scaled = run(pipe)
         inner = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = covering
+        assert torch.equal(run(pipe), scaled)
     try:
         assert F.scaled_dot_product_attention is covering
         assert torch.equal(run(pipe), stock)
-        with entropy_attn.enable(pipe):
+        with entropy_attn.enable(pipe, **options) as handle:
             assert torch.equal(run(pipe), scaled)
+            assert len(handle.entropy) == 1
         assert F.scaled_dot_product_attention is covering
         assert calls
     finally:
-        F.scaled_dot_product_attention = inner
-    with entropy_attn.enable(pipe):
+        F.scaled_dot_product_attention = inner  # ours, which no one needs
+    assert torch.equal(run(pipe), stock)
+    assert seam_is_out()  # once it was called
+    with entropy_attn.enable(pipe, **options):
         assert torch.equal(run(pipe), scaled)
 
 

@@ -1,4 +1,4 @@
-"""Calibration runs: an ordinary run of a pipeline at the size it was trained at, with the entropy on the side."""
+"""Calibration runs: ordinary runs of a pipeline at the size it was trained at, with the trained scale, recorded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from entropy_attn.diffusers.calibration import Calibration, of_model
-from entropy_attn.diffusers.enabling import enable
-from entropy_attn.diffusers.handle import handle_on
+from entropy_attn.diffusers.enable import enable, is_enabled
 from entropy_attn.diffusers.models import find_denoisers, pixels_per_sample, read_model
 from entropy_attn.diffusers.record import EntropyRecord
 
@@ -41,7 +40,7 @@ def calibrate(
             "with record_entropy=True and exponent=0, call it at its trained size, and use calibration_from()"
         )
     models = find_denoisers(pipe)
-    if any(handle_on(model) is not None for model in models.values()):
+    if any(is_enabled(model) for model in models.values()):
         raise ValueError("calibrate takes a pipeline that is not enabled: disable it first")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from entropy_attn.diffusers.models import find_denoisers
+
 FORMAT = "entropy_attn.calibration/1"
 WEIGHT_TOLERANCE = 2e-3  # relative: a model keeps its identity in half precision
 
@@ -59,8 +61,6 @@ class Calibration:
         except (KeyError, TypeError, AttributeError, ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a calibration that calibrate() made: {error}") from error
         if pipe_or_model is not None:
-            from entropy_attn.diffusers.models import find_denoisers
-
             for model in find_denoisers(pipe_or_model).values():
                 calibration.of(model)
         return calibration

@@ -1,24 +1,44 @@
-"""What the adapter has to know of Diffusers' models: denoisers, their self-attention, and their trained size."""
+"""What the adapter knows of Diffusers' models: denoisers, their self-attention and its queries, N and T."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from entropy_attn.diffusers.tokens import Grid, count
+# (height, width) in latent samples; (frames, height, width); or (tokens,) where they come packed
+Grid = tuple[int, ...]
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
+CONTAINERS = ("ControlNetXSAdapter",)  # of weights that run inside the UNet of their pipeline
 # Inputs that come as a sequence of 2 x 2 patches, and models without a size in their config: the latent they are for.
-PACKED = {"FluxTransformer2DModel": 128, "ChromaTransformer2DModel": 128, "QwenImageTransformer2DModel": 128}
+PACKED = {
+    "FluxTransformer2DModel": 128, "FluxControlNetModel": 128, "ChromaTransformer2DModel": 128,
+    "QwenImageTransformer2DModel": 128, "QwenImageControlNetModel": 128,
+}  # fmt: skip
 PACKED_STRIDE = 2
-REFERENCED = ("Kontext", "Edit")  # in the names of pipelines that pack other images with the one they make
+REFERENCED = ("Kontext", "Edit", "Layered")  # in the names of pipelines that pack other images with the one they make
+UNKNOWN_TOKENS = ("AnyFlow", "MiniMaxH3", "WanAnimate2")  # models whose config reads like one that is known
 # Halvings of the latent that a UNet may have.
 UNET_STRIDES = tuple((2**level, 2**level) for level in range(6))
 # How the names of modules begin that attend to text or to time, not to an image.
-NOT_IMAGE = ("context_refiner", "token_refiner", "text_", "motion_modules", "temp", "time_", "transformer_in")
+NOT_IMAGE = (
+    "context_refiner", "token_refiner", "text_", "motion_modules", "temp", "time_", "transformer_in",
+    "image_latents_temporal_encoder",
+)  # fmt: skip
+# The modules that produce a query: a norm if there is one, else the projection, alone or in one with key and value.
+QUERIES = (("norm_q", "to_q", "to_qkv"), ("norm_added_q", "add_q_proj", "to_added_qkv"))
+
+
+class Tokens(NamedTuple):
+    """What a layer attends to now (N) and attended to at the trained size (T)."""
+
+    num_tokens: int
+    train_tokens: int
 
 
 @dataclass(frozen=True)
@@ -33,28 +53,87 @@ class Reading:
     train_latent: Grid
     train_grid: Grid  # the latent, or the tokens that it is packed to
 
-    def grid(self, args: tuple, kwargs: dict) -> Grid:
-        sample = kwargs[self.sample_name] if self.sample_name in kwargs else args[self.sample_position]
+    def sample(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        return kwargs[self.sample_name] if self.sample_name in kwargs else args[self.sample_position]
+
+    def grid(self, sample: torch.Tensor) -> Grid:
         return tuple([sample.shape[axis] for axis in self.axes])
 
-    def timestep(self, args: tuple, kwargs: dict) -> Any:
-        return kwargs["timestep"] if "timestep" in kwargs else args[self.timestep_position]
+    def timestep(self, args: tuple, kwargs: dict) -> float:
+        """The first one of the batch. Reading it synchronises with the device."""
+        timestep: Any = kwargs["timestep"] if "timestep" in kwargs else args[self.timestep_position]
+        return float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
+
+
+def count(grid: Grid, stride: Grid) -> int:
+    """The tokens of a grid of which every `stride`-th sample is one, as convolutions and patches leave them."""
+    return math.prod([-(-size // step) for size, step in zip(grid, stride, strict=True)])
+
+
+def match_tokens(
+    grid: Grid, train_grid: Grid, strides: tuple[Grid, ...], queries: int, keys: int, joint: str
+) -> Tokens | None:
+    """N and T of a layer that has `queries` and `keys` while the model sees `grid`; None if they are not its tokens.
+
+    The stride of a layer is the one that gives its number of tokens on `grid`; the same stride on `train_grid` gives
+    T. It is exact where the area ratio is not, as with the rounding of a 28 x 28 latent halved three times. Keys
+    beyond the grid's are taken for text in joint attention: with ``joint="keys"`` they count in both N and T, with
+    ``joint="image"`` in neither.
+    """
+    for stride in strides:
+        if count(grid, stride) == keys:
+            return Tokens(keys, count(train_grid, stride))
+    for stride in strides:
+        image = count(grid, stride)
+        if image < keys and (image == queries or len(strides) == 1):
+            train_image = count(train_grid, stride)
+            return Tokens(image, train_image) if joint == "image" else Tokens(keys, train_image + keys - image)
+    return None
+
+
+remembered_tokens = functools.lru_cache(maxsize=4096)(match_tokens)
+
+
+def queries_and_keys(args: tuple, kwargs: dict) -> tuple[int, int]:
+    """How many queries an attention module is called for, and keys: text that is given beside the image joins them."""
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    queries = hidden_states.shape[1] if hidden_states.dim() == 3 else math.prod(hidden_states.shape[2:])
+    if text is None or text is hidden_states:  # Lumina passes the image for both
+        return queries, queries
+    return queries, queries + text.shape[1]
+
+
+def own_multiplier(kwargs: dict, keys: int) -> float | None:
+    """λ √d of a model that applies the paper's rule by itself: Lumina's, with ``proportional_attn``."""
+    base = kwargs.get("base_sequence_length")
+    return None if base is None else math.sqrt(math.log(keys, base))
+
+
+def query_producers(attn: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:
+    """The modules whose outputs are an attention module's queries, and whether key and value come with them."""
+    found = []
+    for norm, projection, fused in QUERIES:
+        if isinstance(getattr(attn, norm, None), torch.nn.Module):
+            found.append((getattr(attn, norm), False))
+        else:  # unfusing leaves both projections in the module: the one that is called counts
+            for name in (projection, fused):
+                if isinstance(getattr(attn, name, None), torch.nn.Module):
+                    found.append((getattr(attn, name), name == fused))
+    return found
 
 
 def find_denoisers(pipe_or_model) -> dict[str, torch.nn.Module]:
     """The models of a pipeline that denoise, by component; a bare model is its own, without a name."""
     if isinstance(pipe_or_model, torch.nn.Module):
-        return {"": _uncompiled(pipe_or_model)}
+        return _parts("", pipe_or_model)
     components = getattr(pipe_or_model, "components", None)
     if not isinstance(components, dict):
         raise TypeError(f"pipe_or_model must be a Diffusers pipeline or a model, got {type(pipe_or_model).__name__}")
     found: dict[str, torch.nn.Module] = {}
     for name in DENOISERS:
-        model = components.get(name)
-        if isinstance(model, torch.nn.Module):
-            nets = getattr(model, "nets", None)  # several ControlNets in one
-            parts = {name: model} if nets is None else {f"{name}.{i}": net for i, net in enumerate(nets)}
-            found.update({part: _uncompiled(net) for part, net in parts.items()})
+        if isinstance(components.get(name), torch.nn.Module) and type(components[name]).__name__ not in CONTAINERS:
+            found.update(_parts(name, components[name]))
     if not found:
         raise ValueError(
             f"{type(pipe_or_model).__name__} has no denoiser: none of its components is one of {', '.join(DENOISERS)}; "
@@ -63,8 +142,18 @@ def find_denoisers(pipe_or_model) -> dict[str, torch.nn.Module]:
     return found
 
 
-def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    return getattr(model, "_orig_mod", model)
+def _parts(name: str, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """A model by name, or the several ControlNets that are in one."""
+    if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"{type(model).__name__} is not a denoiser: pass the model in it, its .module")
+    nets = getattr(model, "nets", None)
+    if isinstance(nets, torch.nn.ModuleList):
+        return {join(name, str(number)): getattr(net, "_orig_mod", net) for number, net in enumerate(nets)}
+    return {name: getattr(model, "_orig_mod", model)}  # the latter of what torch.compile returns
+
+
+def join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
 
 
 def find_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
@@ -88,9 +177,11 @@ def _stage(named_module: tuple[str, torch.nn.Module]) -> int:
 
 
 def _why_not(name: str, module: torch.nn.Module) -> str | None:
-    if getattr(module, "is_cross_attention", False):
+    processor = type(getattr(module, "processor", None)).__name__
+    with_text = "AddedKV" in processor and not getattr(module, "only_cross_attention", False)
+    if getattr(module, "is_cross_attention", False) and not with_text:
         return "cross-attention"
-    if "Linear" in type(getattr(module, "processor", None)).__name__ + type(module).__name__:
+    if "Linear" in processor + type(module).__name__:
         return "linear attention, which has no softmax"
     if any(part.startswith(NOT_IMAGE) for part in name.split(".")):
         return "not over an image"
@@ -133,13 +224,14 @@ def _layout(model, kind: str, sample_name: str, pipeline) -> tuple[tuple[int, ..
             )
         return (1,), ((1,),), (PACKED_STRIDE, PACKED_STRIDE)
     patch = getattr(model.config, "patch_size", None)
-    if isinstance(patch, (tuple, list)) and len(patch) == 3:
-        return (-3, -2, -1), (tuple(patch),), tuple(patch)
-    if isinstance(patch, int) and getattr(model.config, "sample_size", None) is not None:
-        return (-2, -1), ((patch, patch),), (patch, patch)
+    if not kind.startswith(UNKNOWN_TOKENS):
+        if isinstance(patch, (tuple, list)) and len(patch) == 3:
+            return (-3, -2, -1), (tuple(patch),), tuple(patch)
+        if isinstance(patch, int) and getattr(model.config, "sample_size", None) is not None:
+            return (-2, -1), ((patch, patch),), (patch, patch)
     raise ValueError(
-        f"{kind} is not supported: its config has no sample_size and patch_size that tell how tokens come from the "
-        "latent; use entropy_attn.attention() or EntropyAttnProcessor in it"
+        f"{kind} is not supported: it is not known how its tokens come from the latent. Its own attention can call "
+        "entropy_attn.attention()"
     )
 
 
@@ -191,6 +283,8 @@ def pixels_per_sample(pipeline) -> int:
 
 
 def _check_latent(kind: str, model, latent: Grid, stride: Grid) -> None:
+    if len(latent) != len(stride):
+        raise ValueError(f"{kind} has a sample_size of {latent} in its config, and {len(stride)} axes of tokens")
     if any(n % step for n, step in zip(latent, stride, strict=True)):
         raise ValueError(
             f"train_size contradicts {kind}: a latent of {latent} does not divide into its patches {stride}"

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from entropy_attn.diffusers.clock import Moment
+from entropy_attn.diffusers.models import Tokens
+from entropy_attn.diffusers.steps import Moment
 
 KEYS = ("run", "label", "layer", "step", "half", "head")
+
+
+class Seen(NamedTuple):
+    """What a layer attended to, and with which scale. Without tokens it attended to something else than the image's."""
+
+    keys: int
+    tokens: Tokens | None
+    multiplier: float | torch.Tensor | None  # λ √d; None: what the rule makes of the tokens
 
 
 class EntropyTable(list):
@@ -36,9 +45,9 @@ def _cell(value: object) -> str:
 
 
 class _Mean:
-    """The mean entropy (halves, H) of a layer over rows, samples and repeated calls, kept on its device."""
+    """The mean entropy (halves, H) of a layer over rows, images and repeated calls, kept on its device."""
 
-    def __init__(self, entropy: torch.Tensor, seen: Any):
+    def __init__(self, entropy: torch.Tensor, seen: Seen):
         self.total, self.calls, self.seen = entropy, 1, seen
 
     def add(self, entropy: torch.Tensor) -> None:
@@ -51,9 +60,9 @@ class _Mean:
 class EntropyRecord:
     """Mean attention entropy, in nats, for each run, layer, denoising step, half of the batch and head.
 
-    No attention maps and no entropies of single rows are kept. With classifier-free guidance the halves of the batch
-    are the predictions without and with the prompt, in the pipeline's order; where a pipeline calls its denoiser once
-    for each, the first call is half 0 and the second half 1. A batch of odd size is not halved.
+    No attention maps and no entropies of single rows are kept. A half is one condition of classifier-free guidance: 0
+    without and 1 with the prompt, or in the pipeline's own order; pipelines that guide by more have more. They are
+    parts of one batch, or calls of one step. Without guidance there is half 0 alone.
 
     One record can be given to several `enable` calls, so that their runs can be compared.
     """
@@ -69,13 +78,15 @@ class EntropyRecord:
         self._labels.append(label)
         return Session(self, len(self._labels) - 1)
 
-    def _add(self, session: int, layer: str, moment: Moment, seen: Any, entropy: torch.Tensor) -> None:
+    def _add(
+        self, session: int, layer: str, moment: Moment, seen: Seen, entropy: torch.Tensor, images: int | None
+    ) -> None:
         key = (session, moment.run)
         if key not in self._runs:
             self._runs[key] = len(self._sessions)
             self._sessions.append(session)
         B, H, _ = entropy.shape
-        halves = 2 if B % 2 == 0 else 1
+        halves = B // images if images and B % images == 0 else 1
         place = (self._runs[key], layer, moment.step, moment.turn)
         mean = entropy.mean(dim=2)
         if halves < B:
@@ -107,7 +118,7 @@ class EntropyRecord:
         unknown = set(by) - set(KEYS)
         if unknown:
             raise ValueError(f"by must be of {', '.join(KEYS)}, got {', '.join(sorted(unknown))}")
-        groups: dict[tuple, list[dict]] = {}
+        groups: dict[tuple[Any, ...], list[dict]] = {}
         for entry in self._entries(by_head="head" in by):
             groups.setdefault(tuple(entry[name] for name in by), []).append(entry)
         return EntropyTable(
@@ -133,7 +144,7 @@ class EntropyRecord:
                     "half": turn * len(halves) + half,
                     "tokens": tokens.num_tokens if tokens else mean.seen.keys,
                     "train_tokens": tokens.train_tokens if tokens else None,
-                    "multiplier": float(mean.seen.multiplier),
+                    "multiplier": 1.0 if mean.seen.multiplier is None else float(mean.seen.multiplier),
                 }
                 if by_head:
                     yield from ({**entry, "head": head, "entropy": entropy} for head, entropy in enumerate(heads))
@@ -168,9 +179,9 @@ class Session:
     def __init__(self, record: EntropyRecord, number: int):
         self.record, self._number = record, number
 
-    def add(self, layer: str, moment: Moment, seen: Any, entropy: torch.Tensor) -> None:
-        """Fold in the entropy (B, H, Nq) that `layer` had at `moment`."""
-        self.record._add(self._number, layer, moment, seen, entropy)
+    def add(self, layer: str, moment: Moment, seen: Seen, entropy: torch.Tensor, images: int | None = None) -> None:
+        """Fold in the entropy (B, H, Nq) that `layer` had at `moment`; B is `images` times the conditions."""
+        self.record._add(self._number, layer, moment, seen, entropy, images)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,15 +1,19 @@
-"""By how much a layer's trained scale 1/sqrt(d) is multiplied, as a function of N and T."""
+"""By how much a layer's trained scale 1/sqrt(d) is multiplied: as a function of N and T, or of the measured entropy."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-from entropy_attn.diffusers.tokens import Tokens
-from entropy_attn.scale import entropy_ratio
+import torch
 
-# Rules that aim at a layer's entropy can ask for anything when that entropy is out of reach; the paper's cannot.
+from entropy_attn.diffusers.models import Tokens
+from entropy_attn.diffusers.steps import Moment
+from entropy_attn.scale import entropy_multiplier
+
+# A rule that aims at a layer's entropy asks for any multiplier where that entropy is out of reach. The paper's cannot.
 ENTROPY_BOUNDS = (0.5, 2.0)
+RUNS_KEPT = 8  # a matcher forgets older runs
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,10 @@ class Rule:
     match_entropy: bool = False
 
     def __post_init__(self):
-        _check_number("exponent", self.exponent, at_least=0.0)
-        _check_number("train_entropy", self.train_entropy, at_least=0.0)
-        for name in ("min_multiplier", "max_multiplier", "multiplier"):
+        for name in ("exponent", "train_entropy", "min_multiplier", "max_multiplier", "multiplier"):
             value = getattr(self, name)
-            if value is not None:
-                _check_number(name, value, at_least=0.0)
+            if value is not None or name in ("exponent", "train_entropy"):
+                _check_number(name, value)
         if self.min_multiplier is not None and self.min_multiplier > 1:
             raise ValueError(f"min_multiplier must be at most 1, the trained scale, got {self.min_multiplier}")
         if self.max_multiplier is not None and self.max_multiplier < 1:
@@ -43,7 +45,8 @@ class Rule:
             raise TypeError(f"match_entropy must be a bool, got {type(self.match_entropy).__name__}")
         if self.match_entropy and self.train_entropy <= 0:
             raise ValueError("match_entropy needs a train_entropy to match, from a calibration or by itself")
-        _check_steps(self.steps)
+        if self.steps is not None:
+            object.__setattr__(self, "steps", _checked_steps(self.steps))
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -53,23 +56,24 @@ class Rule:
             highest if self.max_multiplier is None else self.max_multiplier,
         )
 
-    def applies_at(self, step: int | None) -> bool:
-        if self.steps is None or step is None:
+    def applies_at(self, moment: Moment | None) -> bool:
+        if self.steps is None or moment is None:
             return True
-        start, stop = self.steps
-        return start <= step and (stop is None or step < stop)
+        first, stop = self.steps
+        return first <= moment.step and (stop is None or moment.step < stop)
 
-    def multiplier_for(self, tokens: Tokens) -> float:
-        """The multiplier of the closed form, a positive number, or 0 where the lower bound is 0."""
+    def multiplier_for(self, tokens: Tokens, device: torch.device | None = None) -> float | torch.Tensor:
+        """λ √d of the closed form: a float; or, for a graph in which N and T are symbols, a tensor on `device`."""
         if self.multiplier is not None:
             return float(self.multiplier)
-        if tokens.num_tokens == tokens.train_tokens or min(tokens) < 2:
+        if min(tokens) < 2 or (device is None and tokens.num_tokens == tokens.train_tokens):
             return 1.0
-        if self.train_entropy >= math.log(tokens.train_tokens):
-            return 1.0  # uniform attention when trained: no scale makes it any less so
-        lowest, highest = self.bounds
-        ratio = entropy_ratio(*tokens, self.train_entropy)
-        return min(max(ratio**self.exponent if ratio > 0 else lowest, lowest), highest)
+        if self.train_entropy > 0 and self.train_entropy >= math.log(tokens.train_tokens):
+            return 1.0  # the trained attention was uniform: no scale makes it less peaked
+        if device is None:
+            return entropy_multiplier(*tokens, self.train_entropy, self.exponent, self.bounds)
+        N, T = (torch.full((), count, dtype=torch.float32, device=device) for count in tokens)
+        return entropy_multiplier(N, T, self.train_entropy, self.exponent, self.bounds)
 
     def with_options(self, pattern: str, options: float | dict) -> Rule:
         """This rule with what `overrides` says for a layer: a multiplier, or some of the fields by name."""
@@ -84,21 +88,70 @@ class Rule:
         return replace(self, **options)
 
 
-def _check_number(name: str, value: object, at_least: float) -> None:
+class Matcher:
+    """Drives one layer's multiplier m from the entropy H that earlier steps of the run had.
+
+    Eq. 5 of Jin et al. says H = ln N - c m². A step with m and H tells c, and c the m for which H would be H_T:
+
+        m <- m sqrt((ln N - H_T) / (ln N - H)), within the rule's bounds.
+
+    The first step takes the closed form. Nothing is read from the device: m becomes a tensor there.
+    """
+
+    def __init__(self, rule: Rule):
+        self._rule = rule
+        self._runs: dict[int, _Matched] = {}
+
+    def multiplier_for(self, moment: Moment, tokens: Tokens) -> float | torch.Tensor:
+        matched = self._runs.get(moment.run)
+        if matched is None or matched.tokens != tokens:
+            matched = self._runs[moment.run] = _Matched(tokens, moment.step, self._rule.multiplier_for(tokens), [])
+            for run in list(self._runs)[:-RUNS_KEPT]:
+                self._runs.pop(run, None)
+        elif matched.step != moment.step:
+            self._update(matched)
+            matched.step = moment.step
+        return matched.multiplier
+
+    def observe(self, moment: Moment, entropy: torch.Tensor) -> None:
+        """Take note of the entropy (B, H, Nq) that the multiplier led to."""
+        if moment.run in self._runs:
+            self._runs[moment.run].measured.append(entropy.mean())
+
+    def _update(self, matched: _Matched) -> None:
+        measured, matched.measured = matched.measured, []
+        log_tokens = math.log(matched.tokens.num_tokens)
+        wanted = log_tokens - self._rule.train_entropy
+        if not measured or wanted <= 0:  # out of reach: the closed form is at its lower bound, and stays there
+            return
+        distance = (log_tokens - torch.stack(measured).mean()).clamp(min=1e-6)
+        matched.multiplier = (matched.multiplier * (wanted / distance).sqrt()).clamp(*self._rule.bounds)
+
+
+@dataclass
+class _Matched:
+    """What a matcher knows of one run."""
+
+    tokens: Tokens
+    step: int
+    multiplier: float | torch.Tensor
+    measured: list[torch.Tensor]  # mean entropies of the calls of this step
+
+
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not at_least <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number, at least {at_least:g}, got {value}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number, at least 0, got {value}")
 
 
-def _check_steps(steps: object) -> None:
-    if steps is None:
-        return
-    if not isinstance(steps, tuple) or len(steps) != 2:
+def _checked_steps(steps: object) -> tuple[int, int | None]:
+    if not isinstance(steps, (tuple, list)) or len(steps) != 2:
         raise TypeError(f"steps must be a pair (first, stop) of denoising steps counted from 0, got {steps!r}")
-    start, stop = steps
-    for value in (start, 0 if stop is None else stop):
+    first, stop = steps
+    for value in (first, 0 if stop is None else stop):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"steps must be a pair of ints, or (first, None), got {steps!r}")
-    if start < 0 or (stop is not None and stop <= start):
+    if first < 0 or (stop is not None and stop <= first):
         raise ValueError(f"steps must be (first, stop) with 0 <= first < stop, got {steps!r}")
+    return first, stop

@@ -1,0 +1,204 @@
+"""Our attention at SDPA: calls of ``F.scaled_dot_product_attention`` inside an enabled layer go to `attention`.
+
+The function is replaced while a layer of an enabled model wants that, be it for the entropy or for our kernel. Outside
+of those layers the replacement calls what it replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from entropy_attn.attention import AttentionOutput, attention
+
+# The code of every frame in which a module is called; its `self` is the module.
+_MODULE_CALL = torch.nn.Module.__call__.__code__
+
+
+@dataclass
+class LayerCall:
+    """One call of an enabled attention module, while it is in progress."""
+
+    module: torch.nn.Module
+    multiplier: float | torch.Tensor  # λ √d
+    attention: str  # who computes it: "auto", "fused", "model"
+    observe: Callable[[torch.Tensor], None] | None  # takes the entropy (B, H, Nq), where it is wanted
+    report: Callable[[str], None]  # takes what could not be done
+    keys: int
+    traced: bool = False  # part of it is compiled, so that its frame may not be on the stack
+    scaled: int = 0  # queries that were multiplied
+    attended: int = 0  # calls of SDPA with this many keys
+
+    @property
+    def is_unscaled(self) -> bool:
+        return not isinstance(self.multiplier, torch.Tensor) and self.multiplier == 1.0
+
+    def is_ours(self, query: torch.Tensor) -> bool:
+        """Whether `attention` computes the output; at the trained size that is left to the model, bit for bit."""
+        if self.attention == "auto":
+            return self.observe is not None or (query.is_cuda and not self.is_unscaled)
+        return self.attention == "fused"
+
+
+class _Scope:
+    call: LayerCall | None = None
+    cut: bool = False  # the layer in progress is in a compiled model, but its call is not in the graph
+
+
+class _ThreadScope(_Scope, threading.local):
+    pass
+
+
+# While tracing, a global: what a graph writes is undone when the trace ends, whatever the thread.
+_running, _traced = _ThreadScope(), _Scope()
+
+
+def scope() -> _Scope:
+    """The current thread's scope, or the one of the trace."""
+    return _traced if torch.compiler.is_compiling() else _running
+
+
+def running_call() -> LayerCall | None:
+    """The call of an enabled layer that this code is part of."""
+    here = scope()
+    call = here.call
+    if call is None or torch.compiler.is_compiling() or call.traced or is_running(call.module):
+        return call
+    here.call = None
+    return None
+
+
+def is_running(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` is on the stack of this thread.
+
+    KeyboardInterrupt ends a call without its forward hooks (torch runs those of ``always_call`` for `Exception` only).
+    What our hooks noted is then still there, but the frame of the call is not.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_lock = threading.RLock()
+_users: weakref.WeakSet = weakref.WeakSet()
+_latest: list[Callable] = []  # the latest replacement: used again in the same place, so that compiled graphs still hold
+
+
+def install(user: object) -> None:
+    """Replace SDPA until `release` is called for the last user, or the last one is garbage collected."""
+    with _lock:
+        _users.add(user)
+        weakref.finalize(user, _settle).atexit = False
+        _settle()
+
+
+def release(user: object) -> None:
+    with _lock:
+        _users.discard(user)
+        _settle()
+
+
+def _settle() -> None:
+    """Put the replacement in its place while it has users, and what it replaced back when it has none.
+
+    A function that someone else has put over ours in the meantime is left alone. It may call ours, which then calls
+    what it replaced.
+    """
+    with _lock:
+        current = F.scaled_dot_product_attention
+        if not any(True for _ in _users):
+            F.scaled_dot_product_attention = _under(current)
+        elif _under(current) is current:
+            if not _latest or _under(_latest[0]) is not current:
+                _latest[:] = [_replacement(current)]
+            F.scaled_dot_product_attention = _latest[0]
+
+
+def _under(function: Callable) -> Callable:
+    """What a replacement of ours replaced; any other function is returned as it is."""
+    code = getattr(function, "__code__", None)  # an attribute would be copied by functools.wraps
+    return function.replaced if code is _REPLACEMENT else function  # type: ignore[attr-defined]
+
+
+def _replacement(sdpa: Callable) -> Callable:
+    """A function that stands in for `sdpa`."""
+
+    def scaled_dot_product_attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """SDPA; inside an enabled layer, that layer's attention."""
+        if torch.jit.is_scripting():
+            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        elif torch.compiler.is_compiling() and scope().cut:
+            return _attend_eagerly(sdpa, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        else:
+            return _attend(sdpa, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+    scaled_dot_product_attention.replaced = sdpa  # type: ignore[attr-defined]
+    return scaled_dot_product_attention
+
+
+_REPLACEMENT = _replacement(F.scaled_dot_product_attention).__code__
+
+
+def _attend(sdpa: Callable, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:
+    call = running_call()
+    if not torch.compiler.is_compiling() and not _users:
+        _settle()  # another library has put ours back after the last handle was disabled
+    if call is None or key.shape[-2] != call.keys:  # the latter: an IP-Adapter's image tokens
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    call.attended += 1
+    with _outside():
+        ours, result = call.is_ours(query), None
+        if ours or call.observe is not None:
+            result = _ours(call, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if result is None or not ours:
+            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return result
+
+
+_attend_eagerly = torch.compiler.disable(_attend)
+
+
+def _ours(
+    call: LayerCall, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+) -> torch.Tensor | None:
+    """The output of `attention`, its entropy observed where that is wanted; None where `attention` cannot run."""
+    try:
+        result = attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
+            return_entropy=call.observe is not None,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        if call.observe is not None:
+            call.report(f"entropy not recorded: {error}")
+        elif call.attention == "fused":
+            call.report(f"the model's own attention was used: {error}")
+        return None
+    if isinstance(result, AttentionOutput):
+        if call.observe is not None and result.entropy is not None:
+            call.observe(result.entropy)
+        return result.out
+    return result
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Leave the layer for a while: the attention that is called here may itself call SDPA."""
+    here = scope()
+    call, here.call = here.call, None
+    try:
+        yield
+    finally:
+        here.call = call

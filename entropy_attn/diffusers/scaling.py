@@ -1,0 +1,356 @@
+"""λ on the query: hooks on what produces the query of a layer multiply it by λ √d, the ratio to the trained scale.
+
+Nothing of the attention itself is touched, so that it holds with every attention processor and backend.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from entropy_attn.diffusers import entropy
+from entropy_attn.diffusers.entropy import LayerCall
+from entropy_attn.diffusers.models import (
+    Grid,
+    Reading,
+    Tokens,
+    match_tokens,
+    own_multiplier,
+    queries_and_keys,
+    query_producers,
+    remembered_tokens,
+)
+from entropy_attn.diffusers.record import Seen, Session
+from entropy_attn.diffusers.rule import Matcher, Rule
+from entropy_attn.diffusers.steps import Clock, Moment, distinct_samples
+
+# All our hooks have this number; torch counts its own from 0. Dynamo guards on the numbers: blocks that are compiled
+# one by one (compile_repeated_blocks) share a graph only if theirs are equal. Six blocks take 4 graphs, else 12.
+_HOOK = -1
+
+
+@dataclass
+class Context:
+    """What the layers of one handle share."""
+
+    attention: str  # who computes it: "auto", "fused", "model"
+    joint: str
+    strict: bool
+    clock: Clock | None  # None where no one asks for the step
+    session: Session | None  # of the entropy record, if one is wanted
+    pipeline: weakref.ref | None
+
+    def __getstate__(self):
+        return {**self.__dict__, "pipeline": None}  # a copy is not of that pipeline
+
+
+class DenoiserCall(NamedTuple):
+    """A call of a denoiser: the size it sees, when, and how many images it makes."""
+
+    grid: Grid
+    moment: Moment | None
+    images: int
+    recomputed: bool = False  # its layers run again, in a backward pass with gradient checkpointing
+
+
+class _Thread(threading.local):
+    call: DenoiserCall | None = None
+
+    def __reduce__(self):
+        return _Thread, ()
+
+
+attached: weakref.WeakSet[Denoiser] = weakref.WeakSet()
+_lock = threading.RLock()
+
+
+class Denoiser:
+    """A model whose layers are enabled. Its hooks note what it is called with, for its layers."""
+
+    def __init__(self, name: str, model: torch.nn.Module, reading: Reading, context: Context):
+        self.name, self.model, self.reading, self.context = name, model, reading, context
+        self.layers: list[Layer] = []
+        self.is_attached = False
+        self.is_in_block = False  # of the with statement of its handle
+        self._thread = _Thread()
+        self._kept: DenoiserCall | None = None  # for the backward pass, where a model checkpoints
+        # What the call in progress was given, for graphs: Dynamo takes sizes of tensors for variables, and ints in
+        # attributes for constants.
+        self.sample: torch.Tensor | None = None
+
+    def attach(self) -> None:
+        self.is_attached = True
+        attached.add(self)
+        _hook(self.model, self.enter, self.leave)
+        for layer in self.layers:
+            layer.attach()
+        if self._wants_sdpa():
+            entropy.install(self)
+
+    def detach(self) -> None:
+        """Remove every hook. An interrupted one is finished by the next: what it is found by goes last."""
+        entropy.release(self)
+        for layer in self.layers:
+            layer.detach()
+        if self.is_attached:
+            _unhook(self.model)
+        self.is_attached = False
+        attached.discard(self)
+
+    def _wants_sdpa(self) -> bool:
+        ours = self.context.attention == "fused" or (self.context.attention == "auto" and torch.cuda.is_available())
+        return ours or any(layer.wants_entropy for layer in self.layers)
+
+    def __setstate__(self, state):
+        """A copy of an enabled model, by deepcopy or pickle, is enabled by itself."""
+        self.__dict__.update(state)
+        if self.is_attached:
+            attached.add(self)
+            if self._wants_sdpa():
+                entropy.install(self)
+
+    def enter(self, module, args, kwargs) -> None:
+        """Forward pre-hook."""
+        if self.context.clock is None:
+            self._enter(self.reading.sample(args, kwargs))
+        else:
+            self._enter_at_a_step(args, kwargs)
+
+    def _enter(self, sample: torch.Tensor, moment: Moment | None = None, images: int = 0) -> None:
+        self.sample = sample
+        if not torch.compiler.is_compiling():
+            self._thread.call = DenoiserCall(self.reading.grid(sample), moment, images)
+
+    @torch.compiler.disable
+    def _enter_at_a_step(self, args, kwargs) -> None:
+        sample, clock, session = self.reading.sample(args, kwargs), self.context.clock, self.context.session
+        assert clock is not None
+        moment = clock.tick(self.name, self.reading.timestep(args, kwargs), sample)
+        self._enter(sample, moment, distinct_samples(sample) if session is not None else 0)
+
+    def leave(self, module, args, output) -> None:
+        """Forward hook, also called if the model raised an `Exception`."""
+        self.sample = None
+        if not torch.compiler.is_compiling() or self.context.clock is not None:
+            self._leave(module)
+
+    @torch.compiler.disable
+    def _leave(self, module) -> None:
+        checkpoints = torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False)
+        call, self._thread.call = self._thread.call, None
+        self._kept = call._replace(recomputed=True) if call is not None and checkpoints else None
+
+    def call_in_graph(self) -> DenoiserCall | None:
+        return None if self.sample is None else DenoiserCall(self.reading.grid(self.sample), None, 0)
+
+    def running_call(self, traced: bool) -> DenoiserCall | None:
+        """The call in progress in this thread; else the one whose backward pass may be in progress, in any thread."""
+        call = self._thread.call
+        if call is None and self.sample is not None:  # its hook was compiled, this layer's was not
+            return self.call_in_graph()
+        if call is not None and (traced or entropy.is_running(self.model)):
+            return call
+        return self._kept if torch.is_grad_enabled() else None
+
+
+class Layer:
+    """A self- or joint-attention module: its rule, and the hooks that multiply its query."""
+
+    def __init__(self, name: str, module: torch.nn.Module, denoiser: Denoiser, rule: Rule):
+        self.name, self.module, self.denoiser, self.context = name, module, denoiser, denoiser.context
+        self.set_rule(rule)
+        self.last: Seen | None = None
+        self.remarks: list[str] = []
+        self._producers: list[tuple[torch.nn.Module, bool]] = []
+
+    def set_rule(self, rule: Rule) -> None:
+        self.rule = rule
+        self.matcher = Matcher(rule) if rule.match_entropy else None
+
+    def multiplier_of(self, seen: Seen) -> float:
+        """λ √d as a number. A graph notes N and T alone."""
+        if seen.multiplier is None and seen.tokens is not None:
+            return float(self.rule.multiplier_for(seen.tokens))
+        return 1.0 if seen.multiplier is None else float(seen.multiplier)
+
+    @property
+    def wants_entropy(self) -> bool:
+        return self.context.session is not None or self.matcher is not None
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether torch.compile takes λ into its graph: arithmetic on the sizes, no step and no entropy."""
+        return torch.compiler.is_compiling() and self.context.clock is None
+
+    def attach(self) -> None:
+        _hook(self.module, self.enter, self.leave)
+        self._mark()
+        self.follow_query()
+
+    def detach(self) -> None:
+        for producer, _ in self._producers:
+            _unhook(producer)
+        if self.denoiser.is_attached:
+            _unhook(self.module)
+            self._unmark()
+        self._producers = []
+
+    def _mark(self) -> None:
+        """Let Dynamo know: it guards on an instance's own ``forward``, but not on hooks where there were none.
+
+        Else a model that was compiled before it is enabled would go on running its graph, without λ.
+        """
+        if "forward" not in self.module.__dict__:
+            self.module.forward = self.module.forward  # type: ignore[method-assign]
+
+    def _unmark(self) -> None:
+        if self.module.__dict__.get("forward") == type(self.module).forward.__get__(self.module):
+            del self.module.forward
+
+    @torch.compiler.assume_constant_result  # run while tracing, for its effect on the hooks that are about to be traced
+    def follow_query(self) -> int:
+        """Put the hooks where the query is produced now: LoRA wraps the projection, fusing replaces it."""
+        producers = query_producers(self.module)
+        if producers != self._producers:
+            with _lock:
+                for producer, _ in self._producers:
+                    _unhook(producer)
+                for producer, fused in producers:
+                    producer._forward_hooks[_HOOK] = self.scale_first_third if fused else self.scale_query
+                self._producers = producers
+        return len(producers)
+
+    def enter(self, module, args, kwargs) -> None:
+        """Forward pre-hook."""
+        self.follow_query()
+        queries, keys = queries_and_keys(args, kwargs)
+        own = own_multiplier(kwargs, keys)
+        if self.in_graph:
+            device = (args[0] if args else kwargs["hidden_states"]).device
+            self._begin(self.denoiser.call_in_graph(), queries, keys, own, device, traced=True)
+        else:
+            entropy.scope().cut = traced = torch.compiler.is_compiling()
+            self._begin_eagerly(queries, keys, own, traced)
+
+    @torch.compiler.disable
+    def _begin_eagerly(self, queries: int, keys: int, own: float | None, traced: bool) -> None:
+        self._begin(self.denoiser.running_call(traced), queries, keys, own, None, traced)
+
+    def _begin(self, call: DenoiserCall | None, queries, keys, own: float | None, device, traced: bool) -> None:
+        """Note what the layer is called for. In a graph, on `device`, its sizes are symbols."""
+        entropy.scope().call = None
+        if call is None:  # the layer is called by itself
+            return
+        reading, match = self.denoiser.reading, remembered_tokens if device is None else match_tokens
+        tokens = match(call.grid, reading.train_grid, reading.strides, queries, keys, self.context.joint)
+        if tokens is None:
+            self.report(f"trained scale: {keys} keys do not fit the model's input {' x '.join(map(str, call.grid))}")
+        multiplier: float | torch.Tensor = 1.0
+        if own is None:
+            multiplier = self._multiplier(tokens, call.moment, device)
+        elif device is None:
+            self._remark("scaled by the model itself, and left so")
+        self.last = Seen(keys, tokens, multiplier if device is None and own is None else own)
+        observe = self._observer(call, self.last) if self.wants_entropy and not call.recomputed else None
+        entropy.scope().call = LayerCall(
+            self.module, multiplier, self.context.attention, observe, self.report, keys, traced
+        )
+
+    def _multiplier(self, tokens: Tokens | None, moment: Moment | None, device) -> float | torch.Tensor:
+        if tokens is None or not self.rule.applies_at(moment):
+            return 1.0
+        if self.matcher is None or moment is None or tokens.num_tokens == tokens.train_tokens:
+            return self.rule.multiplier_for(tokens, device)
+        return self.matcher.multiplier_for(moment, tokens)
+
+    def _observer(self, call: DenoiserCall, seen: Seen) -> Callable[[torch.Tensor], None]:
+        def observe(row_entropy: torch.Tensor) -> None:
+            assert call.moment is not None
+            if self.matcher is not None and seen.multiplier is not None and seen.tokens is not None:
+                self.matcher.observe(call.moment, row_entropy)
+            if self.context.session is not None:
+                self.context.session.add(self.name, call.moment, seen, row_entropy, call.images)
+
+        return observe
+
+    def scale_query(self, producer, args, output):
+        """Forward hook of what produces a query."""
+        return self._scaled(output) if self.in_graph else self._scale_eagerly(output)
+
+    def scale_first_third(self, producer, args, output):
+        """Forward hook of what produces query, key and value in one."""
+        query, rest = output.tensor_split((output.shape[-1] // 3,), dim=-1)
+        scaled = self.scale_query(producer, args, query)
+        return None if scaled is None else torch.cat([scaled, rest], dim=-1)
+
+    @torch.compiler.disable
+    def _scale_eagerly(self, query: torch.Tensor) -> torch.Tensor | None:
+        return self._scaled(query)
+
+    def _scaled(self, query: torch.Tensor) -> torch.Tensor | None:
+        call = entropy.running_call()
+        if call is None or call.module is not self.module:
+            return None
+        call.scaled += 1
+        return None if call.is_unscaled else query * call.multiplier
+
+    def leave(self, module, args, output) -> None:
+        """Forward hook, also called if the module raised an `Exception`; it then has no output."""
+        if self.in_graph:
+            self._end(entropy.scope().call, output is not None)
+        else:
+            entropy.scope().cut = False
+            self._end_eagerly(output is not None)
+
+    @torch.compiler.disable
+    def _end_eagerly(self, finished: bool) -> None:
+        self._end(entropy.running_call(), finished)
+
+    def _end(self, call: LayerCall | None, finished: bool) -> None:
+        """Say what the module's attention processor gave no occasion for."""
+        entropy.scope().call = None
+        if call is None or not finished:
+            return
+        processor = type(self.module.processor).__name__
+        if call.scaled == 0 and not call.is_unscaled:
+            if self.last is not None:
+                self.last = self.last._replace(multiplier=1.0)
+            self.report(f"trained scale: {processor} makes its query without the module's own projection and norm")
+        if call.attended == 0 and (call.observe is not None or call.attention == "fused"):
+            what = "entropy not recorded" if call.observe is not None else "the model's own attention was used"
+            self.report(f"{what}: {processor} did not call F.scaled_dot_product_attention over {call.keys} keys")
+
+    @torch.compiler.disable(reason="λ or the entropy is missing in a layer")
+    def report(self, remark: str) -> None:
+        """Say what cannot be had: in an error if strict, else in a warning, once."""
+        if self.context.strict:
+            raise RuntimeError(f"{self.name}: {remark}")
+        if remark not in self.remarks:
+            warnings.warn(f"entropy_attn: {self.name}: {remark}", RuntimeWarning, stacklevel=2)
+        self._remark(remark)
+
+    def _remark(self, remark: str) -> None:
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+
+
+def _hook(module: torch.nn.Module, before: Callable, after: Callable) -> None:
+    """Hook `before`, with keyword arguments, and `after`, also if the module raised, under our number."""
+    module._forward_pre_hooks[_HOOK] = before
+    module._forward_pre_hooks_with_kwargs[_HOOK] = True
+    module._forward_hooks[_HOOK] = after
+    module._forward_hooks_always_called[_HOOK] = True
+
+
+def _unhook(module: torch.nn.Module) -> None:
+    for hooks in (
+        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks, module._forward_hooks_always_called,
+    ):  # fmt: skip
+        hooks.pop(_HOOK, None)
