@@ -16,10 +16,12 @@ pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
+import triton
+
 from entropy_attn import attention
 from entropy_attn.kernels import tiles
 
-MOST_SPILLS = 0
+MOST_SPILLS = 0 if triton.__version__.startswith("3.7.") else 16  # in the main loop
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 # A listing with a spill before its loops. The main loop has a nested wait, a forward jump and a part after EXIT. The

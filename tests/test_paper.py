@@ -234,6 +234,9 @@ def test_an_interrupted_run_goes_on(evaluation, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits exist on POSIX only")
+@pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="torch 2.8 writes a larger file when torch.distributed is imported"
+)
 def test_a_full_disk_loses_nothing(evaluation, monkeypatch, tmp_path):
     """A file size limit makes writes fail. Without the limit, the same command continues the run."""
     import resource
