@@ -123,7 +123,8 @@ def _longest_pass(flow: Sequence[sass.Instruction], labels: dict[str, int], loop
 
 
 def _followers(flow: Sequence[sass.Instruction], labels: dict[str, int], n: int) -> list[int]:
-    jump = [labels[flow[n].target]] if flow[n].target in labels else []
+    target = flow[n].target
+    jump = [labels[target]] if target is not None and target in labels else []
     return [*jump, *([n + 1] if flow[n].continues else [])]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -111,7 +111,7 @@ def others_per_matrix(loop: Sequence[Instruction]) -> float:
 def bound(loop: Sequence[Instruction]) -> dict[str, float]:
     """Cycles that one pass of one warp keeps each unit of its partition busy, its share of the memory pipeline and of
     the second-level cache among them. No schedule is faster than the largest."""
-    busy: Counter[str] = Counter()
+    busy: defaultdict[str, float] = defaultdict(float)
     for instruction in loop:
         asked = demand(instruction)
         share = machine.PARTITIONS if asked.unit == "memory" else 1
@@ -119,5 +119,5 @@ def bound(loop: Sequence[Instruction]) -> dict[str, float]:
         busy["cache"] += asked.global_bytes * machine.PARTITIONS / machine.GLOBAL_BYTES
         if asked.unit == "memory":
             busy["address"] += machine.ADDRESS_CYCLES
-    del busy["control"]
+    busy.pop("control", None)
     return {**busy, "issue": float(len(loop))}
