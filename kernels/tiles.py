@@ -1,8 +1,8 @@
 """Which tile the kernel runs with: a table over architecture, dtype and head dim, and its look-up.
 
 The rows were chosen from binaries compiled ahead of time: they fit the shared memory, their main loops spill few
-registers, and for sm_80 in 16-bit types a model of the main loop's cycles ranks them first. None has been timed on a
-device yet.
+registers, and for sm_80 in 16-bit types a model of the main loop ranks them among the first (benchmarks/model). None
+has been timed on a device yet.
 
 ENTROPY_ATTN_TILES names a JSON file whose entries go before the table: {"sm_80": {"float16": {"64": {"block_m": 128,
 "block_n": 64, "num_warps": 4, "num_stages": 2}}}}, with the largest head dim an entry serves as its key. It is read
@@ -45,7 +45,7 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
             512: Tile(16, 16, 8, 1),
         },
     },
-    # 16 bits up to 192: the fewest cycles a score, ties to the tile that spills least.
+    # 16 bits up to 192: among the fastest in the model; ties go to the tile that spills least.
     "sm_80": {
         16: {
             16: Tile(128, 64, 4, 2), 32: Tile(128, 64, 4, 3), 40: Tile(64, 64, 2, 2),

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # where harness.py, sass.py and occupancy.py are
 
 import harness
+import results
 import triton
 from a100 import decode, pipes
 from a100.estimate import SXM4_400_W, Code, estimate
@@ -99,7 +100,7 @@ def table(rows: list[dict[str, Any]], error: float) -> str:
                       f"{r['tflops_at_boost_clock']:.0f} ± {100 * r['standard_error']:.1f} %", f"{r['clock']:.2f}",
                       f"{r['bound_tflops']:.0f} ({r['bound_by']})", f"{r['others_per_matrix']:.1f}",
                       str(r["programs_per_multiprocessor"])])  # fmt: skip
-    return harness.markdown(header, lines)
+    return results.markdown(header, lines)
 
 
 def draw(rows: list[dict[str, Any]], error: float, title: str, path: Path) -> None:
@@ -167,14 +168,14 @@ def main() -> None:
     ]
     error = known_error(HERE / "validation.json")
     pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), ignore_interrupts)
-    with harness.Record(arguments.out, error=error) as record, pool:
+    with results.Record(arguments.out, error=error) as record, pool:
         rows = pool.map(predict, chosen, itertools.repeat(arguments.runs))
         for row in tqdm(rows, total=len(chosen), desc="modelling", file=sys.stderr):
             record.add(row)
     text = report(record.machine, record.rows, error)
     print(text)
     if arguments.markdown:
-        harness.write_whole(arguments.markdown, f"# {__doc__.splitlines()[0]}\n\n{text}")
+        results.write_whole(arguments.markdown, f"# {__doc__.splitlines()[0]}\n\n{text}")
     title = f"A100 SXM4, 400 W, {arguments.dtype}, mask: {record.rows[0]['mask']}; modelled ± {100 * error:.0f} %"
     draw(record.rows, error, title, arguments.picture)
 

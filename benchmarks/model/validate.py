@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # where harness.py, sass.py and occupancy.py are
 
-import harness
+import results
 from a100 import anchors, estimate, loops
 from a100.anchors import Checked
 from tqdm import tqdm
@@ -40,7 +40,7 @@ def table(checked: Sequence[Checked]) -> str:
         cycles = f"{found.cycles:.0f} ± {100 * found.error:.1f} %"
         lines.append([c.anchor.name, published, f"{found.speed:.0f}", f"{100 * c.error:+.1f} %", cycles,
                       f"{found.clock:.2f}", "yes" if c.anchor.fitted else "no", c.anchor.source])  # fmt: skip
-    return harness.markdown(header, lines)
+    return results.markdown(header, lines)
 
 
 def families(checked: Sequence[Checked]) -> dict[str, dict[str, float]]:
@@ -64,7 +64,7 @@ def fit(runs: int) -> str:
         others = [c for c in checked if not c.anchor.fitted]
         errors = (anchors.largest_error(fitted), anchors.mean_error(fitted), anchors.largest_error(others))
         lines.append([f"{share:.2f}", *(f"{100 * error:.1f} %" for error in errors)])
-    return harness.markdown(["OTHER", "fitted anchors: largest error", "mean", "the others: largest error"], lines)
+    return results.markdown(["OTHER", "fitted anchors: largest error", "mean", "the others: largest error"], lines)
 
 
 def without_figure(runs: int) -> str:
@@ -73,7 +73,7 @@ def without_figure(runs: int) -> str:
         loop = loops.load(loop_name)
         found = estimate.estimate(loop.code, loop.flops, runs=runs)
         lines.append([name, f"{found.speed:.0f}", f"{found.cycles:.0f}", f"{found.clock:.2f}"])
-    return harness.markdown(["kernel", "modelled", "at boost clock", "clock"], lines)
+    return results.markdown(["kernel", "modelled", "at boost clock", "clock"], lines)
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
         return
     checked = [anchors.check(anchor, arguments.runs) for anchor in tqdm(anchors.ANCHORS, desc="anchors")]
     errors = families(checked)
-    summary = harness.markdown(
+    summary = results.markdown(
         ["", "anchors", "largest error", "mean error"],
         [
             [name, str(e["anchors"]), f"{100 * e['largest']:.1f} %", f"{100 * e['mean']:+.1f} %"]
@@ -104,10 +104,10 @@ def main() -> None:
         "The same for kernels without a published figure for their build, on an A100 SXM4 at 400 W:",
         without_figure(arguments.runs),
     ])  # fmt: skip
-    harness.write_whole(arguments.folder / "validation.md", text + "\n")
+    results.write_whole(arguments.folder / "validation.md", text + "\n")
     speeds = {c.anchor.name: round(c.estimate.speed, 2) for c in checked}
-    results = {"runs": arguments.runs, "errors": errors, "modelled": speeds}
-    harness.write_whole(arguments.folder / RESULTS.name, json.dumps(results, indent=1) + "\n")
+    summary_of_runs = {"runs": arguments.runs, "errors": errors, "modelled": speeds}
+    results.write_whole(arguments.folder / RESULTS.name, json.dumps(summary_of_runs, indent=1) + "\n")
     print(text)
 
 
