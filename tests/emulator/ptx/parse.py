@@ -118,7 +118,7 @@ class Module:
         source, statement, begun = "", "", 0
         for number, raw in enumerate(body.split("\n"), first_line):
             text = raw.split("//")[0].strip()
-            if text.startswith(".loc"):
+            if text.split()[:1] == [".loc"]:
                 words = text.split()
                 source = f"{self._files.get(words[1], words[1]).split('/')[-1]}:{words[2]}"
                 continue

@@ -78,6 +78,29 @@ def toward_zero(x: Array) -> Array:
     return np.where(np.abs(y.astype(np.float64)) > np.abs(x), np.nextafter(y, np.float32(0)), y)
 
 
+def odd_float32(x: Array) -> Array:
+    """float64 to float32 such that rounding that again, to fewer bits, is as one rounding: inexact numbers are cut, and
+    their last bit is set."""
+    cut = toward_zero(x)
+    inexact = np.isfinite(x) & (cut.astype(np.float64) != x)
+    return (cut.view(U32) | inexact.astype(U32)).view(np.float32)
+
+
+def fma_half(a: Array, b: Array, c: Array, type_: str) -> Array:
+    """a * b + c for f16 and bf16, in a number that rounds to them as the exact sum does: the product is exact in
+    float64, and a sum that is not gets an odd last bit."""
+    product = np.multiply(a, b, dtype=np.float64)
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    inexact = np.isfinite(total) & (error != 0)
+    if inexact.any():
+        beyond = inexact & (np.signbit(error) != np.signbit(total)) & (total != 0)  # rounded away from zero
+        cut = np.where(beyond, np.nextafter(total, 0.0), total)
+        total = np.where(inexact, (cut.view(U64) | U64(1)).view(np.float64), total)
+    return odd_float32(total) if type_.startswith("bf16") else total
+
+
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
     """a * b + c, rounded once. float64 holds the product exactly; where its own rounding of the sum ends in a tie of
     float32, the sum's error decides."""

@@ -22,6 +22,7 @@ from ..scalars import (
     float_bits,
     flush,
     integer_range,
+    odd_float32,
     toward_zero,
 )  # fmt: skip
 from .registry import opcode
@@ -144,7 +145,7 @@ def _from_integer(machine: Machine, ins: Instruction, to: str, of: str) -> Step:
             raise PTXError("directed rounding and saturation")
         write_floats = machine.registers.write_floats(ins.args[0], to)
         if to == "bf16":
-            return lambda mask: write_floats(_odd_float32(a), mask)
+            return lambda mask: write_floats(odd_float32(a.astype(np.float64)), mask)
         dtype = np.float32 if to == "f32" else np.float64
         return lambda mask: write_floats(a.astype(dtype), mask)
     write, dtype = machine.registers.write(ins.args[0], to), DTYPE[to]
@@ -153,10 +154,3 @@ def _from_integer(machine: Machine, ins: Instruction, to: str, of: str) -> Step:
     (least, most), (smallest, largest) = integer_range(to), integer_range(of)
     low, high = a.dtype.type(max(least, smallest)), a.dtype.type(min(most, largest))
     return lambda mask: write(np.clip(a, low, high).astype(dtype), mask)
-
-
-def _odd_float32(a: Array) -> Array:
-    """Integers in float32 such that rounding them again to bfloat16 is one rounding: inexact ones get an odd bit."""
-    near = toward_zero(a.astype(np.float64))
-    inexact = near.astype(np.float64) != a.astype(np.float64)
-    return (near.view(U32) | inexact.astype(U32)).view(np.float32)

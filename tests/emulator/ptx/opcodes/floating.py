@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from ..errors import PTXError
 from ..machine import Machine, Step
 from ..operands import Instruction
-from ..scalars import FLOATS, U32, Array, Mask, flush, fma_f32
+from ..scalars import FLOATS, U32, Array, Mask, flush, fma_f32, fma_half
 from .integer import integer_binary, integer_divide, integer_mad
 from .registry import elementwise, opcode
 
@@ -85,11 +86,9 @@ def mad(machine: Machine, ins: Instruction) -> Step:
 def fma(machine: Machine, ins: Instruction) -> Step:
     if ins.has("rz", "rm", "rp", "sat", "oob") or ins.type == "f64":
         raise PTXError("directed rounding, saturation and float64")
-
-    def narrow(a: Array, b: Array, c: Array) -> Array:
-        return np.multiply(a, b, dtype=np.float64) + c
-
-    function = fma_f32 if ins.type == "f32" else narrow
+    function: Function = fma_f32
+    if ins.type != "f32":
+        function = functools.partial(fma_half, type_=ins.type)
     if ins.has("relu"):  # NaN stays, as NaN
         return apply(machine, ins, lambda a, b, c: np.maximum(function(a, b, c), 0))
     return apply(machine, ins, function)
