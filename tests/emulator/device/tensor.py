@@ -92,6 +92,17 @@ def patch_tensor(device: Device) -> None:
     def cuda(x: torch.Tensor, *unused: Any, **also_unused: Any) -> torch.Tensor:
         return plain.to(x, DEVICE)
 
+    def through_host(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """torch.tensor and its like make their tensor where no dispatch mode sees it."""
+
+        def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            if not is_device(device):
+                return function(*args, device=device, **kwargs)
+            return function(*args, **kwargs).to(DEVICE)
+
+        return make
+
+    torch.tensor, torch.as_tensor = through_host(torch.tensor), through_host(torch.as_tensor)
     for name, replacement in {
         "to": to, "cuda": cuda, "device": seen("device", lambda x: DEVICE), "is_cuda": seen("is_cuda", lambda x: True),
         "is_meta": seen("is_meta", lambda x: False), "data_ptr": data_ptr, "get_device": get_device,
