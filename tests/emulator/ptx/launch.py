@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ from .errors import KernelError, PTXError
 from .machine import Grid, Machine, Options
 from .memory import GlobalMemory
 from .parse import Module
-from .scalars import SIZE
 
 _MACHINES_KEPT = 4  # decoding takes a few hundredths of a second; a machine holds some ten MiB of registers
 _REGISTER_BYTES = 64 << 20  # at most, of the threads that are run at once
@@ -53,14 +53,12 @@ def launch(what: Launch, memory: GlobalMemory, options: Options) -> None:
 
 def _machine(what: Launch, ctas: int, memory: GlobalMemory, options: Options) -> Machine:
     """The machine for such a launch, decoded once."""
-    key = (what.module, ctas, what.threads, what.shared_bytes, id(memory), options)
+    decoded_for = dataclasses.replace(options, poison=0, max_blocks=0)  # the others are part of what is decoded
+    key = (what.module, ctas, what.threads, what.shared_bytes, id(memory), decoded_for)
     if key not in _machines:
         while len(_machines) >= _MACHINES_KEPT:
             _machines.popitem(last=False)
         _machines[key] = Machine(what.module, ctas, what.threads, what.shared_bytes, memory, options)
     _machines.move_to_end(key)
+    _machines[key].options = options
     return _machines[key]
-
-
-def parameter_sizes(module: Module) -> list[int]:
-    return [SIZE[parameter.type] for parameter in module.parameters]
