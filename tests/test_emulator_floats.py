@@ -106,16 +106,13 @@ def test_fused_multiply_add(type_):
     check(f"fma.rn.{type_} %d, %a, %b, %c;", exactly(lambda x, y, z: x * y + z, type_), type_, a, b, product)
 
 
-def test_fused_multiply_add_next_to_a_tie():
-    """1 + 2^-24 +- 2^-60: float64 cannot hold the sum, and rounds it to a tie of float32."""
-    a = np.array([2.0**-30] * 2, np.float32)
-    b = np.array([2.0**-30, -(2.0**-30)], np.float32)
-    odd = np.float32(1 + 2.0**-23)
-    for base in (np.float32(1), odd):
-        c = np.array([base, base], np.float32)
-        check("fma.rn.f32 %d, %a, %b, %c;", exactly(lambda x, y, z: x * y + z, "f32"), "f32", a, b, c)
-    a = np.array([1 + 2.0**-12, 1 - 2.0**-12], np.float32)
-    check("fma.rn.f32 %d, %a, %b, %c;", exactly(lambda x, y, z: x * y + z, "f32"), "f32", a, a, a * 2**20)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_fused_multiply_add_next_to_a_tie(sign):
+    """The product is 2^-24 less 2^-70: float64 rounds its sum with an odd number to a tie, which goes the wrong way."""
+    a = np.full(2, 2.0**-12 * (1 + 2.0**-23), np.float32)
+    b = np.array([1, -1], np.float32) * np.float32(sign * 2.0**-12 * (1 - 2.0**-23))
+    c = np.full(2, sign * (1 + 2.0**-23), np.float32)
+    check("fma.rn.f32 %d, %a, %b, %c;", exactly(lambda x, y, z: x * y + z, "f32"), "f32", a, b, c)
 
 
 @pytest.mark.parametrize("type_", ["f16", "bf16"])

@@ -77,11 +77,19 @@ def test_many_lanes_read_one_place():
     shared(WRITE, BARRIER, in_warp_0, "bar.warp.sync -1;\n", first)
     with pytest.raises(KernelError, match="write after a read"):
         shared(WRITE, BARRIER, in_warp_0, first)
+    last = "setp.eq.u32 %q, %t, {}; @%q st.shared.b32 [memory], 9;\n"  # by the lane that read it last
+    for read, lane in ((one, 127), (in_warp_0, 31)):
+        with pytest.raises(KernelError, match="write after a read"):
+            shared(WRITE, BARRIER, read, last.format(lane))
 
 
 def test_uninitialised_shared_memory():
     with pytest.raises(KernelError, match="uninitialised"):
         shared(READ.replace("%next", "%own"))
+    half = "setp.lt.u32 %q, %t, 64; @%q " + WRITE + BARRIER
+    shared(half, "@%q ld.shared.b32 %v, [%own];\n")
+    with pytest.raises(KernelError, match=r"uninitialised.*thread 64 "):
+        shared(half, "ld.shared.b32 %v, [%own];\n")
 
 
 def test_bounds_and_alignment_of_shared_memory():
@@ -210,6 +218,35 @@ def test_loops_of_different_length_come_together():
     np.testing.assert_array_equal(out, np.repeat(triangle[3:7], THREADS))
     run(body.format(bound="%t", barrier=""), out, ctas=4)
     np.testing.assert_array_equal(out, np.tile(triangle[3 : 3 + THREADS], 4))
+
+
+def test_threads_that_diverge_meet_again():
+    """Before a warp-wide instruction, that is; and those that have returned stay away."""
+    out = np.full(THREADS, 7, np.uint32)
+    body = """.reg .b32 %v; .reg .b64 %x; .reg .pred %q;
+    setp.ge.u32 %q, %t, 64;
+    @%q ret;
+    and.b32 %v, %t, 1;
+    setp.eq.u32 %q, %v, 0;
+    @%q bra EVEN;
+    mov.u32 %v, 100;
+    bra BOTH;
+    EVEN: mov.u32 %v, 200;
+    BOTH: shfl.sync.bfly.b32 %v, %v, 1, 31, -1;
+    mad.lo.u64 %x, %tid, 4, %p0;
+    st.global.b32 [%x], %v;"""
+    run(body, out)
+    np.testing.assert_array_equal(out, [*[100, 200] * 32, *[7] * 64])
+
+
+@pytest.mark.parametrize(("type_", "wanted"), [("s8", -2), ("u8", 254), ("s16", -258), ("u16", 65278)])
+def test_narrow_loads_into_wide_registers(type_, wanted):
+    out = np.zeros(THREADS, np.int32)
+    body = (
+        f".reg .b32 %v; .reg .b64 %x; ld.global.{type_} %v, [%p0]; mad.lo.u64 %x, %tid, 4, %p1; st.global.b32 [%x], %v;"
+    )
+    run(body, np.array([0xFEFE] * 8, np.uint16), out)
+    assert set(out.tolist()) == {wanted}
 
 
 def test_endless_loops_end():

@@ -170,6 +170,29 @@ def test_mma(form):
                 assert out[of][lane, j] == C[lane // 4 + 8 * (j // 2), 2 * (lane % 4) + j % 2]
 
 
+def test_mma_of_what_an_mma_computed():
+    """D of the first is A of the second, and the third overwrites what it adds to."""
+    rng = np.random.default_rng(2)
+    a, b = rng.integers(-4, 5, (THREADS, 4)).astype(np.float32), rng.integers(-4, 5, (THREADS, 2)).astype(np.float32)
+    outs = [np.zeros((THREADS, 4), np.float32) for _ in range(2)]
+    form = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+    zero = "mov.b32 %c0, 0; mov.b32 %c1, 0; mov.b32 %c2, 0; mov.b32 %c3, 0;\n"
+    load = f"""
+    .reg .b32 %a<4>, %b<2>, %c<4>, %d<4>; .reg .b64 %x;
+    mad.lo.u64 %x, %tid, 16, %p0; ld.global.v4.b32 {{%a0, %a1, %a2, %a3}}, [%x];
+    mad.lo.u64 %x, %tid, 8, %p1; ld.global.v2.b32 {{%b0, %b1}}, [%x];
+    {zero}"""
+    A, C, D = ("{" + ", ".join(f"%{name}{j}" for j in range(4)) + "}" for name in "acd")
+    B = "{%b0, %b1}"
+    apart = "mov.b32 %c0, %c0;\n"  # a step between makes each product a run of its own
+    products = f"{form} {D}, {A}, {B}, {C};", f"{form} {C}, {D}, {B}, {C};", f"{form} {C}, {D}, {B}, {C};"
+    store = "mad.lo.u64 %x, %tid, 16, %p2; st.global.v4.b32 [%x], {%c0, %c1, %c2, %c3};"
+    run(load + apart.join(products) + store, a, b, outs[0])
+    run(load + "".join(products) + store, a, b, outs[1])
+    assert outs[0].any()
+    np.testing.assert_array_equal(*outs)
+
+
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize(
     "kind", ["add.u32", "add.f32", "min.s32", "max.u32", "or.b32", "exch.b32", "inc.u32", "cas.b32"]

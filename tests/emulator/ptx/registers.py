@@ -10,7 +10,7 @@ import numpy as np
 from .errors import PTXError
 from .operands import PREDICATE, Immediate, Operand, Register, Sink, Special, Symbol
 from .parse import Module
-from .scalars import DTYPE, FLOATS, SINT, SIZE, U32, UINT, Array, Mask, bits, float_bits, float_values, is_signed
+from .scalars import DTYPE, FLOATS, SIZE, U32, UINT, Array, Mask, bits, float_bits, float_values
 
 Write = Callable[[Any, Mask], None]
 Read = Callable[[], Array]
@@ -88,8 +88,6 @@ class Registers:
             return lambda values, mask: np.copyto(row, values, where=mask, casting="unsafe")
         assert isinstance(operand, Register)
         wide = self.files[operand.size][operand.index]
-        if is_signed(type_):
-            wide = wide.view(SINT[operand.size])
         dtype = DTYPE[type_]
         if np.dtype(dtype).kind == "f":
             unsigned = UINT[SIZE[type_]]
