@@ -242,9 +242,11 @@ def test_threads_that_diverge_meet_again():
 @pytest.mark.parametrize(("type_", "wanted"), [("s8", -2), ("u8", 254), ("s16", -258), ("u16", 65278)])
 def test_narrow_loads_into_wide_registers(type_, wanted):
     out = np.zeros(THREADS, np.int32)
-    body = (
-        f".reg .b32 %v; .reg .b64 %x; ld.global.{type_} %v, [%p0]; mad.lo.u64 %x, %tid, 4, %p1; st.global.b32 [%x], %v;"
-    )
+    body = f"""
+    .reg .b32 %v; .reg .b64 %x;
+    ld.global.{type_} %v, [%p0];
+    mad.lo.u64 %x, %tid, 4, %p1;
+    st.global.b32 [%x], %v;"""
     run(body, np.array([0xFEFE] * 8, np.uint16), out)
     assert set(out.tolist()) == {wanted}
 

@@ -48,7 +48,7 @@ def cvt(machine: Machine, ins: Instruction) -> Step:
 
 def _narrow(x: Array, type_: str, rounding: str | None) -> Array:
     """Bits of f16 or bf16."""
-    nearest = float_bits(x, type_)
+    nearest = np.where(np.isnan(x), U16(0x7FFF), float_bits(x, type_))
     if rounding != "rz":
         return nearest
     if type_.startswith("bf16"):

@@ -59,8 +59,19 @@ def minimum(machine: Machine, ins: Instruction) -> Step:
     if ins.type not in FLOATS:
         return integer_binary(machine, ins)
     if ins.has("NaN"):  # NaN wins; otherwise the number does
-        return _binary(machine, ins, np.minimum if ins.name == "min" else np.maximum)
-    return _binary(machine, ins, np.fmin if ins.name == "min" else np.fmax)
+        plain: Function = np.minimum if ins.name == "min" else np.maximum
+    else:
+        plain = np.fmin if ins.name == "min" else np.fmax
+
+    def signed(a: Array, b: Array) -> Array:
+        """-0 is less than 0, which numpy does not know."""
+        result = plain(a, b)
+        zeros = (a == 0) & (b == 0)
+        if zeros.any():
+            result = np.where(zeros, a + b if ins.name == "max" else -(-a - b), result)
+        return result
+
+    return apply(machine, ins, signed)
 
 
 @opcode("neg", "abs")
