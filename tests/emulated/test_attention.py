@@ -82,7 +82,7 @@ def test_other_strides_sizes_and_alignments_from_one_cached_kernel(device):
         query, key, value = laid_out(kind, B, H, N, 64)
         result = attention(query, key, value, return_entropy=True)
         assert_attends(result, query, key, value)
-        kernels.setdefault("aligned" if kind in ALIGNED else kind, set()).add(device.launches[-1].ptx)
+        kernels.setdefault("aligned" if kind in ALIGNED else kind, set()).add(device.launches[-1].kernel.ptx)
     assert len(kernels["aligned"]) == 1
     assert all(len(paths) == 1 for paths in kernels.values())
     assert kernels["odd rows"] != kernels["aligned"] != kernels["one element off"]

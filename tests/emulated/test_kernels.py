@@ -303,7 +303,7 @@ def test_missing_barriers_and_waits_in_compiled_kernels(device, what, pattern, f
     a, b = randn(64, 128, dtype=torch.float16), randn(128, 64, dtype=torch.float16, seed=1)
     out = matmul(a, b, torch.float32, num_stages=3)
     launched = device.launches[-1]
-    text = launched.ptx.read_text()
+    text = launched.kernel.ptx
     places = list(re.finditer(pattern, text))
     assert len(places) >= 2
     missed = 0

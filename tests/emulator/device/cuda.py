@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from . import libcuda
-from .device import Device
+from .device import Device, Kernel
 from .libcuda import EmulatorError
 from .tensor import Runtime
 
@@ -151,7 +151,6 @@ def install_driver(device: Device) -> None:
         device.on_launch, device.has_address, multiprocessors=device.multiprocessors,
         shared_opt_in=device.shared_opt_in, shared_of_multiprocessor=device.shared_of_multiprocessor,
     )  # fmt: skip
-    from triton import knobs
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime.driver import driver
 
@@ -169,10 +168,20 @@ def install_driver(device: Device) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.launcher_cls = Launcher
+            self.get_current_stream = lambda which: Stream.cuda_stream  # PyTorch with CUDA would ask its runtime
 
     driver.set_active(Driver())
-    hook = knobs.runtime.kernel_load_end_hook
-    if hasattr(hook, "add"):
-        hook.add(device.kernel_loaded)
-    else:
-        knobs.runtime.kernel_load_end_hook = device.kernel_loaded
+    _watch_loading(device)
+
+
+def _watch_loading(device: Device) -> None:
+    """Tell the device what each function handle stands for; the hook that Triton has for it came with version 3.5."""
+    from triton.compiler.compiler import CompiledKernel
+
+    load = CompiledKernel._init_handles
+
+    def load_and_tell(kernel: Any) -> None:
+        load(kernel)
+        device.kernel_loaded(kernel.function, Kernel(kernel.name, kernel.asm["ptx"], kernel.asm["cubin"]))
+
+    CompiledKernel._init_handles = load_and_tell

@@ -10,7 +10,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,19 @@ POISONED_BYTES = 64 << 20  # larger allocations are left as they are: they may b
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """What Triton has loaded."""
+
+    name: str
+    ptx: str
+    cubin: bytes
+
+
+@dataclass(frozen=True)
 class Launched:
     """A launch that was run, or recorded into a graph."""
 
-    kernel: str
-    ptx: Path
+    kernel: Kernel
     launch: Launch
     seconds: float
     captured: bool = False
@@ -50,8 +57,8 @@ class Device:
     capture: list[Callable[[], Any]] | None = None  # what a graph being captured does when it is replayed
     kept: list[np.ndarray[Any, Any]] = field(default_factory=list)  # memory of graphs being captured
     _regions: dict[int, Region] = field(default_factory=dict)  # by their address on this machine
-    _kernels: dict[int, tuple[str, Path]] = field(default_factory=dict)  # by function handle
-    _modules: dict[Path, Module] = field(default_factory=dict)
+    _kernels: dict[int, Kernel] = field(default_factory=dict)  # by function handle
+    _modules: dict[str, Module] = field(default_factory=dict)  # by their text
 
     # Memory
 
@@ -86,42 +93,41 @@ class Device:
 
     # Launches
 
-    def kernel_loaded(self, module: object, function: int, name: str, metadata: dict[str, str], *rest: object) -> None:
-        """Triton's hook: which PTX a function handle stands for."""
-        path = next(path for file, path in metadata.items() if file.endswith(".ptx"))
-        self._kernels[function] = (name, Path(path))
+    def kernel_loaded(self, function: int, kernel: Kernel) -> None:
+        """What a function handle stands for."""
+        self._kernels[function] = kernel
 
     def on_launch(self, x: int, y: int, z: int, threads: int, shared: int, function: int, parameters: int) -> int:
         """What the driver does with a launch that it accepts; a CUresult."""
         self.fault = None
         try:
-            name, path = self._kernels[function]
-            if path not in self._modules:
-                self._modules[path] = Module(path.read_text())
-            module = self._modules[path]
+            kernel = self._kernels[function]
+            if kernel.ptx not in self._modules:
+                self._modules[kernel.ptx] = Module(kernel.ptx)
+            module = self._modules[kernel.ptx]
             count = len(module.parameters)
             pointers = list((ctypes.c_void_p * count).from_address(parameters)) if count else []
             values = tuple(
                 ctypes.string_at(pointer, SIZE[parameter.type])
                 for pointer, parameter in zip(pointers, module.parameters, strict=True)
             )
-            self._accept(name, path, Launch(module, (x, y, z), threads, shared, values))
+            self._accept(kernel, Launch(module, (x, y, z), threads, shared, values))
         except BaseException as error:
             self.fault = error
             return CUDA_ERROR_LAUNCH_FAILED
         return CUDA_SUCCESS
 
-    def _accept(self, name: str, path: Path, what: Launch) -> None:
+    def _accept(self, kernel: Kernel, what: Launch) -> None:
         if self.capture is not None:
-            self.capture.append(lambda: self._run(name, path, what))
-            self.launches.append(Launched(name, path, what, 0.0, captured=True))
+            self.capture.append(lambda: self._run(kernel, what))
+            self.launches.append(Launched(kernel, what, 0.0, captured=True))
         else:
-            self._run(name, path, what)
+            self._run(kernel, what)
 
-    def _run(self, name: str, path: Path, what: Launch) -> None:
+    def _run(self, kernel: Kernel, what: Launch) -> None:
         begun = time.perf_counter()
         launch(what, self.memory, self.options)
-        self.launches.append(Launched(name, path, what, time.perf_counter() - begun))
+        self.launches.append(Launched(kernel, what, time.perf_counter() - begun))
 
     @contextlib.contextmanager
     def with_options(self, **options: Any) -> Iterator[None]:

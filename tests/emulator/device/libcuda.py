@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -56,6 +57,8 @@ def build() -> Path:
         except (OSError, subprocess.CalledProcessError) as error:
             raise EmulatorError(f"{cc} cannot build the emulated libcuda: {getattr(error, 'stderr', error)}") from error
         os.replace(part, library)
+    with contextlib.suppress(FileExistsError):
+        (folder / "libcuda.so").symlink_to(library.name)  # the name that older versions of Triton link
     return folder
 
 
