@@ -29,7 +29,7 @@ def can_run():
 @pytest.mark.parametrize(
     ("every", "tests"),
     [
-        (3, ["tests/emulated/test_device.py", "tests/emulated/test_kernels.py"]),
+        (3, [f"tests/emulated/test_{name}.py" for name in ("device", "faults", "kernels")]),
         (45, ["tests/emulated/test_attention.py", "tests/test_gpu.py::test_matches_float64"]),
     ],
     ids=["any kernel", "attention"],

@@ -2,86 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from emulator.ptx.scalars import DTYPE, from_bfloat16, integer_range
+from emulator.ptx.scalars import DTYPE
 from emulator.ptx.testing import evaluate
-
-# Bits of the fraction, least exponent of a normal number, largest exponent.
-FORMATS = {"f16": (10, -14, 15), "bf16": (7, -126, 127), "f32": (23, -126, 127), "f64": (52, -1022, 1023)}
-
-
-def rounded(exact: Fraction, type_: str, mode: str = "rn") -> float:
-    """The nearest number of the format, of two as near the even one; or the nearest towards zero."""
-    if exact == 0:
-        return 0.0
-    sign = -1.0 if exact < 0 else 1.0
-    fraction, least, most = FORMATS[type_]
-    size = abs(exact)
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    exponent -= size < Fraction(2) ** exponent
-    step = Fraction(2) ** (max(exponent, least) - fraction)
-    steps = size / step
-    whole = steps.numerator // steps.denominator if mode == "rz" else round(steps)  # to even, as Python rounds
-    if whole * step >= Fraction(2) ** (most + 1):
-        largest = (2 - Fraction(1, 2**fraction)) * Fraction(2) ** most
-        return sign * (float(largest) if mode == "rz" else math.inf)
-    return sign * float(whole * step)
-
-
-def values(pattern: np.ndarray, type_: str) -> np.ndarray:
-    """What is held, in float64."""
-    return (from_bfloat16(pattern) if type_ == "bf16" else pattern).astype(np.float64)
-
-
-def held(numbers, type_: str) -> np.ndarray:
-    """Exact numbers of the format, as they are held."""
-    numbers = np.array(numbers, np.float64)
-    if type_ == "bf16":
-        return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return numbers.astype(DTYPE[type_])
-
-
-def numbers(type_: str, count: int, seed: int = 0) -> list[np.ndarray]:
-    """Special values with each other, random ones of every exponent, and ones of like size, as held."""
-    fraction, least, most = FORMATS[type_]
-    largest, smallest = (2 - 2.0**-fraction) * 2.0**most, 2.0 ** (least - fraction) if type_ != "f64" else 5e-324
-    special = [0.0, -0.0, 1.0, -1.0, 1 + 2.0**-fraction, 3.0, -largest, largest, smallest, 2.0**least, math.inf]
-    special += [-math.inf, math.nan, 0.5, 2.0 ** (fraction + 1) + 2]
-    rows = list(itertools.product(special, repeat=count))
-    rng = np.random.default_rng(seed)
-    for spread in ((least - fraction, most), (-2, 2)):
-        mantissa = rng.integers(2**fraction, 2 ** (fraction + 1), (300, count)) * rng.choice([-1, 1], (300, count))
-        exponent = rng.integers(*spread, (300, count))
-        sample = np.ldexp(mantissa.astype(np.float64), exponent - fraction)
-        rows += [tuple(rounded(Fraction(x), type_) for x in row) for row in sample.tolist()]
-    return [held(column, type_) for column in zip(*rows, strict=True)]
-
-
-def check(instruction, definition, type_, *inputs, out=None):
-    """`definition` of finite numbers is exact; where an operand or the result is not finite, floating rules hold."""
-    out = out or type_
-    got = values(evaluate(instruction, out, *((type_, x) for x in inputs)), out)
-    for row, result in zip(zip(*(values(x, type_) for x in inputs), strict=True), got, strict=True):
-        wanted = definition(*row)
-        assert (math.isnan(wanted) and math.isnan(result)) or wanted == result, (instruction, row, wanted, result)
-
-
-def exactly(function, type_):
-    """The function on fractions, rounded once; on what is not finite, as Python's floats have it."""
-
-    def definition(*row):
-        if all(map(math.isfinite, row)):
-            return rounded(function(*map(Fraction, row)), type_)
-        with np.errstate(all="ignore"):
-            return float(function(*map(np.float64, row)))
-
-    return definition
-
+from exact_floats import check, exactly, held, numbers, rounded, values
 
 ARITHMETIC = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
 
@@ -261,74 +189,3 @@ def test_comparisons_of_packed_halves(comparison, type_):
     third = (np.arange(len(a) // 2) % 3 == 0).astype(np.uint8)
     got = evaluate(f"setp.{comparison}.or.{type_}x2 %d|%e, %a, %b, !%c;", "pred", *packed, ("pred", third))
     np.testing.assert_array_equal(got, np.array(wanted).reshape(-1, 2) | (third == 0)[:, None])
-
-
-@pytest.mark.parametrize("rounding", ["rn", "rz"])
-@pytest.mark.parametrize(("to", "of"), [("f16", "f32"), ("bf16", "f32"), ("f32", "f64"), ("f16", "f64")])
-def test_narrowing(to, of, rounding):
-    """Also the halfway points of the narrow format and their neighbours."""
-    (narrow,) = numbers(to, 1)
-    centre = values(narrow, to)
-    step = 2.0 ** -FORMATS[to][0]
-    near = [centre * (1 + k * step / 2) * (1 + e * 2.0 ** -FORMATS[of][0]) for k in (-1, 0, 1) for e in (-1, 0, 1)]
-    with np.errstate(all="ignore"):
-        a = np.concatenate([*(x.astype(DTYPE[of]) for x in near), *numbers(of, 1)])
-    check(f"cvt.{rounding}.{to}.{of} %d, %a;", exactly_converted(to, rounding), of, a, out=to)
-    if of == "f32":
-        got = evaluate(f"cvt.{rounding}.{to}x2.f32 %d, %a, %b;", "b32", ("f32", a), ("f32", a[::-1].copy()))
-        one = evaluate(f"cvt.{rounding}.{to}.f32 %d, %a;", to, ("f32", a)).view(np.uint16)
-        np.testing.assert_array_equal(got >> 16, one)
-        np.testing.assert_array_equal(got & 0xFFFF, one[::-1])
-
-
-def exactly_converted(to, rounding):
-    return lambda x: rounded(Fraction(x), to, rounding) if math.isfinite(x) else x
-
-
-@pytest.mark.parametrize(("to", "of"), [("f32", "f16"), ("f32", "bf16"), ("f64", "f32"), ("f64", "f16")])
-def test_widening(to, of):
-    check(f"cvt.{to}.{of} %d, %a;", lambda x: x, of, *numbers(of, 1), out=to)
-
-
-def test_tf32():
-    """10 bits of fraction, ties away from zero."""
-    x = np.random.default_rng(0).standard_normal(500).astype(np.float32)
-    x[:4] = [1 + 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-11 - 2.0**-23, math.inf]
-    got = evaluate("cvt.rna.tf32.f32 %d, %a;", "f32", ("f32", x))
-    for value, result in zip(x[np.isfinite(x)].tolist(), got[np.isfinite(x)].tolist(), strict=True):
-        scale = 2.0 ** (10 - math.frexp(value)[1] + 1)
-        assert result == math.copysign(math.floor(abs(value) * scale + 0.5) / scale, value)
-    assert got[3] == math.inf
-
-
-TO_WHOLE = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
-
-
-@pytest.mark.parametrize("rounding", TO_WHOLE)
-@pytest.mark.parametrize("of", ["f16", "f32", "f64"])
-def test_to_whole_numbers(of, rounding):
-    """Out of range is the nearest integer there is; NaN is 0."""
-    a = np.concatenate([*numbers(of, 1), held([0.5, 1.5, -0.5, -1.5, 2.5, 1e3], of)])
-    for to in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"):
-        least, most = integer_range(to)
-        got = evaluate(f"cvt.{rounding}.{to}.{of} %d, %a;", to, (of, a))
-        for x, result in zip(a.astype(np.float64).tolist(), got.tolist(), strict=True):
-            wanted = 0 if math.isnan(x) else x
-            if math.isfinite(wanted):
-                wanted = TO_WHOLE[rounding](wanted)
-            assert result == min(max(wanted, least), most), (to, x)
-    check(
-        f"cvt.{rounding}.{of}.{of} %d, %a;",
-        lambda x: float(TO_WHOLE[rounding](x)) if math.isfinite(x) else x, of, a,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("of", ["u8", "s8", "s16", "u16", "s32", "u32", "s64", "u64"])
-@pytest.mark.parametrize("to", ["f16", "bf16", "f32", "f64"])
-def test_from_whole_numbers(to, of):
-    least, most = integer_range(of)
-    a = [least, most, most - 1, 0, 1, most // 3, 2**24 + 1, 2**24 + 3, 2**53 + 1, 513, 257]
-    a += np.random.default_rng(0).integers(least, most, 200, DTYPE[of]).tolist()
-    a = np.array([x for x in a if least <= x <= most], DTYPE[of])
-    got = values(evaluate(f"cvt.rn.{to}.{of} %d, %a;", to, (of, a)), to)
-    assert got.tolist() == [rounded(Fraction(int(x)), to) for x in a]

@@ -4,18 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from emulator import KernelError, PTXError
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to("cuda")
-
-
-@triton.jit
-def add_kernel(X, Y, Out, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    tl.store(Out + at, tl.load(X + at, mask=inside) + tl.load(Y + at, mask=inside), mask=inside)
+from triton_kernels import add_kernel, matmul, randn
 
 
 @pytest.mark.parametrize(
@@ -44,33 +33,6 @@ def test_softmax(n, num_warps):
     out = torch.empty_like(x)
     softmax_kernel[(9,)](x, out, x.stride(0), n, BLOCK=triton.next_power_of_2(n), num_warps=num_warps)
     torch.testing.assert_close(out, x.softmax(1))
-
-
-@triton.jit
-def matmul_kernel(
-    A, B, C, M, N, K, stride_am, stride_bk, stride_cm,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    total = tl.zeros([BM, BN], tl.int32 if A.dtype.element_ty == tl.int8 else tl.float32)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        a = tl.load(A + m[:, None] * stride_am + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0)
-        b = tl.load(B + k[:, None] * stride_bk + n[None, :], mask=(k[:, None] < K) & (n[None, :] < N), other=0)
-        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
-    at = C + m[:, None] * stride_cm + n[None, :]
-    tl.store(at, total.to(C.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
-
-
-def matmul(a, b, out_dtype, precision="ieee", num_stages=3, num_warps=4):
-    M, K, N = *a.shape, b.shape[1]
-    c = torch.empty(M, N, dtype=out_dtype, device="cuda")
-    matmul_kernel[(triton.cdiv(M, 32), triton.cdiv(N, 32))](
-        a, b, c, M, N, K, a.stride(0), b.stride(0), c.stride(0), BM=32, BN=32, BK=32, PRECISION=precision,
-        num_stages=num_stages, num_warps=num_warps,
-    )  # fmt: skip
-    return c
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
@@ -251,88 +213,3 @@ def test_layouts_are_converted_through_shared_memory():
     out = torch.empty_like(x)
     transpose_kernel[(1,)](x, out, 64)
     assert torch.equal(out, x.T)
-
-
-# What kernels must not do
-
-
-def test_a_forgotten_mask(device):
-    x = randn(100)
-    with pytest.raises(KernelError, match=r"global load of 4 bytes out of bounds.*test_kernels.py"):
-        add_kernel[(1,)](x, x, torch.empty_like(x), 128, BLOCK=128)
-
-
-def test_a_tensor_on_the_cpu():
-    x = torch.zeros(128)
-    with pytest.raises(ValueError, match="cpu tensor"):
-        add_kernel[(1,)](x, x, x, 128, BLOCK=128)
-
-
-@triton.jit
-def same_place_kernel(Out):
-    tl.store(Out, tl.program_id(0))
-
-
-def test_ctas_that_race():
-    with pytest.raises(KernelError, match="race: CTA"):
-        same_place_kernel[(2,)](torch.empty(1, dtype=torch.int32, device="cuda"))
-
-
-def test_what_nobody_writes_is_nan():
-    out = torch.empty(100, device="cuda")
-    add_kernel[(1,)](randn(100), randn(100), out, 50, BLOCK=128)
-    assert out[:50].isfinite().all()
-    assert out[50:].isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("what", "pattern", "fault"),
-    [
-        ("barriers", r"bar\.sync[^;]*;", "with no barrier|in flight"),
-        ("waits", r"cp\.async\.wait_group[^;]*;", "in flight"),
-    ],
-)
-def test_missing_barriers_and_waits_in_compiled_kernels(device, what, pattern, fault, monkeypatch):
-    """Any one of them that is taken out of a matrix product's PTX is missed, but for those at its end."""
-    import dataclasses
-    import re
-
-    from emulator.ptx import Module
-    from emulator.ptx import launch as run
-
-    a, b = randn(64, 128, dtype=torch.float16), randn(128, 64, dtype=torch.float16, seed=1)
-    out = matmul(a, b, torch.float32, num_stages=3)
-    launched = device.launches[-1]
-    text = launched.kernel.ptx
-    places = list(re.finditer(pattern, text))
-    assert len(places) >= 2
-    missed = 0
-    for place in places:
-        without = Module(text[: place.start()] + text[place.end() :])
-        try:
-            run(dataclasses.replace(launched.launch, module=without), device.memory, device.options)
-        except KernelError as error:
-            missed += bool(re.search(fault, str(error)))
-    assert missed >= len(places) - 1, f"{missed} of {len(places)} {what}"
-    del out
-
-
-@triton.jit
-def float64_kernel(X, Out):
-    at = tl.arange(0, 128)
-    tl.store(Out + at, tl.fma(tl.load(X + at), tl.load(X + at), tl.load(X + at)))
-
-
-def test_what_is_not_emulated_says_so():
-    x = randn(128).double()
-    with pytest.raises(PTXError, match=r"fma.rn.f64.*PTX line"):
-        float64_kernel[(1,)](x, torch.empty_like(x))
-
-
-def test_shared_memory_that_no_a100_has():
-    a, b = randn(256, 256, dtype=torch.float16), randn(256, 256, dtype=torch.float16)
-    c = torch.empty(256, 256, device="cuda")
-    with pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
-        matmul_kernel[(1, 1)](
-            a, b, c, 256, 256, 256, 256, 256, 256, BM=128, BN=256, BK=128, PRECISION="ieee", num_stages=4, num_warps=8
-        )

@@ -2,8 +2,8 @@
 
 from .errors import KernelError, PTXError
 from .launch import Launch, launch
-from .machine import Options
 from .memory import GlobalMemory, Region
+from .options import Options
 from .parse import Module
 
 __all__ = ["GlobalMemory", "KernelError", "Launch", "Module", "Options", "PTXError", "Region", "launch"]

@@ -7,8 +7,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from .errors import KernelError, PTXError
-from .machine import Grid, Machine, Options
+from .machine import Grid, Machine
 from .memory import GlobalMemory
+from .options import Options
 from .parse import Module
 
 _MACHINES_KEPT = 4  # decoding takes a few hundredths of a second; a machine holds some ten MiB of registers

@@ -15,6 +15,7 @@ import numpy as np
 from .errors import KernelError, PTXError
 from .memory import GlobalMemory, LocalMemory
 from .operands import TERMINATORS, Immediate, Instruction, Negated, Operand, Symbol
+from .options import Options
 from .parse import Module
 from .registers import Registers
 from .scalars import SIZE, U32, U64, Array, Mask
@@ -22,19 +23,6 @@ from .shared import SHARED_BASE, SharedMemory
 
 Step = Callable[[Mask], None]
 Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How kernels are run."""
-
-    check: bool = True  # races, hazards of cp.async and uninitialised reads in shared memory
-    tensor_core: str = "exact"  # sums in float64, rounded once; "truncating": about as the hardware adds
-    approximation: float = 0.0  # 1.0: ex2.approx and its like are off by up to their documented error
-    seed: int = 0  # of those errors
-    poison: int = 0  # what registers and shared memory hold before they are written; 0: NaN
-    max_blocks: int = 2_000_000  # basic blocks that a batch may run before it counts as an endless loop
-    threads_at_once: int = 2048  # CTAs are run together up to this many threads
 
 
 @dataclass

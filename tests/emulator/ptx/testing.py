@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .launch import Launch, launch
-from .machine import Options
 from .memory import GlobalMemory
+from .options import Options
 from .parse import Module
 from .scalars import DTYPE, SIZE, U8, UINT, Array, bits
 
