@@ -40,9 +40,9 @@ INTEGER = [
 FLOATING = [
     "max.f32 %d, %a, %b;", "min.f32 %d, %a, %b;", "max.NaN.f32 %d, %a, %b;", "min.ftz.f32 %d, %a, %b;",
     "add.ftz.f32 %d, %a, %b;", "mul.ftz.f32 %d, %a, %b;", "add.f32 %d, %a, %b;", "mul.f32 %d, %a, %b;",
-    "cvt.rni.s32.f32 %d, %a;", "cvt.rzi.u32.f32 %d, %a;", "cvt.rmi.s32.f32 %d, %a;", "cvt.rpi.f32.f32 %d, %a;",
-    "cvt.rna.tf32.f32 %d, %a;", "cvt.rn.f16x2.f32 %d, %a, %b;", "cvt.rn.bf16x2.f32 %d, %a, %b;", "neg.f32 %d, %a;",
-    "abs.ftz.f32 %d, %a;", "ex2.approx.ftz.f32 %d, %a;", "rcp.approx.ftz.f32 %d, %a;", "copysign.f32 %d, %a, %b;",
+    "cvt.rni.s32.f32 %d, %a;", "cvt.rzi.u32.f32 %d, %a;", "cvt.rpi.f32.f32 %d, %a;",
+    "cvt.rna.tf32.f32 %d, %a;", "cvt.rn.f16x2.f32 %d, %a, %b;", "neg.f32 %d, %a;",
+    "abs.ftz.f32 %d, %a;", "ex2.approx.ftz.f32 %d, %a;", "rcp.approx.ftz.f32 %d, %a;",
 ]  # fmt: skip
 APPROXIMATE = ("ex2", "rcp")
 
@@ -98,7 +98,7 @@ def test_constants(instruction, tmp_path):
     wanted = folded([instruction] * len(rows), rows, tmp_path)
     columns = [("b32", np.array(column, np.uint32)) for column in zip(*rows, strict=True)]
     got = evaluate(instruction, "b32", *columns)
-    if len(wanted) < len(rows) / 4:
+    if len(wanted) < len(rows) / 10:
         pytest.skip(f"ptxas leaves it to the GPU ({len(wanted)} of {len(rows)})")
     is_number = not integers and not re.match(r"cvt\.(r.i\.[su]|rn\.)", instruction)
     for i, value in wanted.items():
