@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test test-slow test-gpu test-oldest test-newest test-machines fuzz bench demo lint clean
+.PHONY: test test-slow test-gpu test-emulated test-oldest test-newest test-machines fuzz bench demo lint clean
 
 # The tests that need no GPU, without the slow ones.
 test: $(READY)
@@ -16,6 +16,12 @@ test-slow: $(READY)
 # The tests on a CUDA or ROCm device.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
+
+# The same cases on an A100 in software (tests/emulator), and what only it can see. Needs a C compiler, and half an hour.
+# Inductor asks for a real device.
+test-emulated: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m pytest -p emulator.plugin -rs tests/emulated tests/test_gpu.py \
+		--deselect tests/test_gpu.py::test_compiled_by_inductor
 
 # The tests with the oldest supported dependencies, and with the newest. Each environment downloads several GB once.
 test-oldest: .venv-oldest/.ready
