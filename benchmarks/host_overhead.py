@@ -70,7 +70,7 @@ def parts(device: str) -> dict[str, Callable]:
 
     query, key, value = inputs(device)
     options = (None, 0, False, None, False, None, 0, None, "bhnd", False, False, "triton")
-    call = (query, key, value, None, None, None, None, 0, None, False, False, False, "triton")
+    call = checks.operator_arguments(query, key, value, *options)
     return {
         "part: checks": lambda: checks.operator_arguments(query, key, value, *options),
         "part: operator": lambda: torch.ops.entropy_attn.attention(*call),
