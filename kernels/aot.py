@@ -49,13 +49,13 @@ def compile_kernel(
     return compile_config(architecture, dtype, configure(architecture, dtype, head_dim, value_dim, **options))
 
 
-def compile_config(architecture: str, dtype: str, config: Config) -> CompiledKernel:
+def compile_config(architecture: str, dtype: str, config: Config, mask_dtype: str | None = None) -> CompiledKernel:
     """The binary that a launch with this configuration runs, for tensors aligned to 16 bytes and a mask contiguous in
-    its keys."""
+    its keys. mask_dtype: of a floating mask, by default `dtype`."""
     element = _TYPES[dtype]
     pointees = {
         "Q": element, "K": element, "V": element, "Out": element,
-        "Mask": {"none": None, "boolean": "u8", "floating": element}[config.mask],
+        "Mask": {"none": None, "boolean": "u8", "floating": _TYPES[mask_dtype or dtype]}[config.mask],
         "Entropy": "fp32" if config.entropy else None,
         "Lse": "fp32" if config.lse else None,
     } | ({"Scale": "fp32"} if config.scale != "number" else {})  # fmt: skip
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=_TYPES, nargs="+", default=["float16"])
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, nargs="+", default=[64], metavar="D")
     parser.add_argument("--mask", choices=("none", "boolean", "floating"), default="none")
+    parser.add_argument("--mask-dtype", choices=_TYPES, help="of a floating mask (default: that of query)")
     parser.add_argument("--mask-per-query", action="store_true", help="the mask differs from query to query")
     parser.add_argument("--causal", action="store_true")
     arguments = parser.parse_args()
@@ -122,7 +123,7 @@ def main() -> None:
         row: dict[str, Any] = {
             "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entropy": entropy,
             "tile": dataclasses.astuple(config.tile),
-            **dataclasses.asdict(resources(compile_config(architecture, dtype, config))),
+            **dataclasses.asdict(resources(compile_config(architecture, dtype, config, arguments.mask_dtype))),
             "shared_limit": SHARED_MEMORY[architecture],
         }  # fmt: skip
         print(json.dumps(row), flush=True)

@@ -24,7 +24,7 @@ BUDGETED = "3.7."
 SPILLS = {
     ("sm_75", 16): {96: 280, 192: 288, 256: 168, 512: 1368},
     ("sm_75", 32): {96: 320, 192: 304, 256: 200, 512: 1440},
-    ("sm_80", 16): {40: 8, 64: 8, 80: 104, 96: 24, 128: 64, 160: 424, 192: 360},
+    ("sm_80", 16): {40: 8, 64: 8, 80: 104, 96: 24, 128: 64, 160: 392, 192: 360},
     ("sm_80", 32): {64: 16, 160: 248, 192: 24, 256: 112, 512: 1456},
     ("sm_86", 16): {64: 32, 80: 16, 192: 152},
     ("sm_86", 32): {128: 96, 192: 168, 256: 216, 512: 1416},
@@ -36,7 +36,7 @@ SPILLS = {
     ("gfx1100", 16): {192: 64, 256: 396, 512: 1064},
     ("gfx1100", 32): {256: 840, 512: 2168},
 }
-SPILLS_WITH_MASKS = 384
+SPILLS_WITH_MASKS = {64: 448, 128: 464, 160: 864}  # by head dim
 RECORDS = Path(__file__).parent.parent / "build" / "compile_matrix"
 MAIN_HEAD_DIMS = (40, 64, 80, 128, 160)
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
@@ -77,13 +77,15 @@ def test_main_head_dims(architecture, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", ["--causal", "--mask boolean", "--mask boolean --mask-per-query", "--mask floating --mask-per-query"]
-)
+    "options",
+    ["--causal", "--mask boolean", "--mask boolean --mask-per-query", "--mask floating --mask-per-query",
+     "--mask floating --mask-per-query --mask-dtype float32"],
+)  # fmt: skip
 def test_masks_cost_no_registers_they_do_not_have(options):
-    for row in compile_all("sm_80", "float16", (64, 128), *options.split()):
+    for row in compile_all("sm_80", "float16", (64, 128, 160), *options.split()):
         assert row["shared"] <= row["shared_limit"]
         assert row["registers"] > 100, "the compiler gave up on registers"
-        assert row["spills"] <= SPILLS_WITH_MASKS or not triton.__version__.startswith(BUDGETED), row
+        assert row["spills"] <= SPILLS_WITH_MASKS[row["head_dim"]] or not triton.__version__.startswith(BUDGETED), row
 
 
 @pytest.mark.slow
