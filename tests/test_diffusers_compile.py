@@ -148,12 +148,12 @@ def test_lora_loaded_before_the_first_call():
     ],
 )
 def test_steps_and_records_cut_the_graph(options):
-    unet = one_layer()
+    unet, recorded = one_layer(), None
     with entropy_attn.enable(unet, strict=True, **options) as handle:
         eager = run(unet, SIZES[2:3])
-        recorded = handle.entropy and handle.entropy.table(by=("layer", "step", "half", "head"))
-        if recorded:
-            handle.entropy.clear()
+        if handle.entropy:
+            recorded = handle.entropy.table(by=("layer", "step", "half", "head"))
+    with entropy_attn.enable(unet, strict=True, **options) as handle:
         outputs = run(torch.compile(unet, dynamic=True, backend="eager"), SIZES[2:3])
         if recorded:
             assert_same_record(handle.entropy.table(by=("layer", "step", "half", "head")), recorded)

@@ -196,6 +196,7 @@ def test_a_controlnet_that_is_not_known(pipe):
     handle.disable()
 
 
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Diffusers' own call
 def test_flux_controlnet():
     net = diffusers.FluxControlNetModel.from_transformer(
         tiny.flux_transformer(), num_layers=1, num_single_layers=0, attention_head_dim=16, num_attention_heads=2
