@@ -157,7 +157,7 @@ for (mask, mask_per_query), dtype in itertools.product(masks, ("float16", "float
     plain = mask == "none"
     kernel = aot.compile_kernel(
         sys.argv[1], dtype, 40, 24, entropy=True, lse=True, mask=mask, mask_per_query=mask_per_query,
-        is_causal=plain, tensor_scale=plain, large_offsets=plain, row_unit=1 if plain else 8,
+        is_causal=plain, scale="per_query" if plain else "per_head", large_offsets=plain, row_unit=1 if plain else 8,
     )
     assert aot.resources(kernel).shared <= aot.SHARED_MEMORY[sys.argv[1]], (mask, dtype)
 print("done")
