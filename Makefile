@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test test-slow test-gpu test-emulated test-oldest test-newest test-machines fuzz bench demo lint clean
+.PHONY: test test-slow test-gpu test-emulated mutants test-oldest test-newest test-machines fuzz bench demo lint clean
 
 # The tests that need no GPU, without the slow ones.
 test: $(READY)
@@ -22,6 +22,11 @@ test-gpu: $(READY)
 test-emulated: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m pytest -p emulator.plugin -rs tests/emulated tests/test_gpu.py \
 		--deselect tests/test_gpu.py::test_compiled_by_inductor
+
+# Can those tests fail? Breaks the kernel and its launch in every way of tests/emulated/mutations.py, and writes what saw
+# it to tests/emulated/mutants.md. A quarter of an hour.
+mutants: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m emulated.mutants
 
 # The tests with the oldest supported dependencies, and with the newest. Each environment downloads several GB once.
 test-oldest: .venv-oldest/.ready

@@ -55,6 +55,13 @@ class Stream:
     wait_stream = wait_event = lambda self, other: None
 
 
+class Generator(torch.Generator):
+    """Operators run on the CPU, and so do the random numbers of the device."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls, "cpu" if torch.device(device).type == "cuda" else device)
+
+
 class CUDAGraph:
     """Launches and operators in the order they were recorded."""
 
@@ -141,6 +148,7 @@ def fake_torch_cuda(device: Device, runtime: Runtime) -> None:
     }  # fmt: skip
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
+    torch.Generator = Generator  # type: ignore[misc]
 
 
 def install_driver(device: Device) -> None:
