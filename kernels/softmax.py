@@ -81,7 +81,7 @@ def fold(state, s, unit, C: tl.constexpr, HIDES: tl.constexpr, ANY_SIZE: tl.cons
         x *= LOG2E
         d *= LOG2E
     if ANY_SIZE:
-        x = tl.minimum(x, 4.0)
+        x = tl.where(x > 4.0, 4.0, x)  # tl.minimum would turn NaN into 4
         d = tl.maximum(d, -1000.0)  # l is 0 before the first key, and 0 * -inf is NaN
     a = tl.math.exp2(d)
     p = tl.math.exp2(x)

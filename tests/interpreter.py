@@ -31,6 +31,7 @@ def repaired() -> Iterator[None]:
       reads the bit patterns as numbers.
     - tl.dot multiplies the bit patterns of bfloat16 as numbers.
     - tl.fma rounds the product before the sum.
+    - tl.minimum and tl.maximum give NaN where one operand is NaN. Devices give the other operand.
     - tl.reduce with a custom combine function loops over single elements, which takes minutes.
     """
     try:
@@ -61,6 +62,12 @@ def repaired() -> Iterator[None]:
             exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
+    def create_minnumf(self, x, y):
+        return TensorHandle(np.fmin(x.data, y.data), x.dtype.scalar)
+
+    def create_maxnumf(self, x, y):
+        return TensorHandle(np.fmax(x.data, y.data), x.dtype.scalar)
+
     def generic_reduce(self, input):
         if self.axis is None or self.keep_dims:
             return reduce(self, input)
@@ -72,6 +79,7 @@ def repaired() -> Iterator[None]:
     reduce = getattr(ReduceOps, "generic_reduce", None)
     repairs = [
         (InterpreterBuilder, cast_impl), (InterpreterBuilder, create_dot), (InterpreterBuilder, create_fma),
+        (InterpreterBuilder, create_minnumf), (InterpreterBuilder, create_maxnumf),
         (ReduceOps, generic_reduce),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:

@@ -25,6 +25,13 @@ from entropy_attn.diffusers.scaling import attached
 PYTORCH_SDPA = F.scaled_dot_product_attention
 
 
+@pytest.fixture(autouse=True)
+def grad_mode():
+    """An interrupt inside `torch.no_grad` itself may leave gradients off, which is PyTorch's own state."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 @pytest.fixture(scope="module")
 def stock():
     return predict(tiny.sd().unet)

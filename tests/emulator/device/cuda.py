@@ -59,7 +59,7 @@ class Generator(torch.Generator):
     """Operators run on the CPU, and so do the random numbers of the device."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
-        return super().__new__(cls, "cpu" if torch.device(device).type == "cuda" else device)
+        return super().__new__(cls, "cpu" if torch.device(device).type == "cuda" else device)  # type: ignore[call-arg]
 
 
 class CUDAGraph:
