@@ -1,7 +1,7 @@
 """The library's kernel on the emulated device: the whole table, and what only the emulator can see or change.
 
 tests/test_gpu.py has the layouts, graphs and offsets past 2^31; it runs on this device too.
-Mutants of the kernel and of its launch belong beside this file, in test_mutants.py.
+Mutants of the kernel and of its launch are in mutations.py and mutants.py (`make mutants`).
 """
 
 import itertools
