@@ -9,8 +9,7 @@ from typing import Any
 from entropy_attn import checks
 from entropy_attn.attention import attention
 from entropy_attn.backends import choose
-from entropy_attn.op import expanded, resolve_scale
-from entropy_attn.scale import tensor_scale
+from entropy_attn.op import resolve_scale, scale_as_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +48,15 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     train_tokens, train_entropy, num_tokens, num_tokens_tensor = rule
     backend, reason = choose(query, value, backend)
     if num_tokens_tensor is not None:
-        scale_tensor = tensor_scale(num_tokens_tensor, train_tokens, query.shape[3], train_entropy)
+        num_tokens_tensor = num_tokens_tensor.to("meta")  # nothing runs
+    scale_tensor = scale_as_tensor(query, scale_tensor, train_tokens, train_entropy, num_tokens_tensor)
     if scale_tensor is None:
         scale = resolve_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
     config = None
     if backend == "triton":
         from entropy_attn.backends.triton import config_of
 
-        given_scale = scale if scale_tensor is None else expanded(scale_tensor, query)
+        given_scale = scale if scale_tensor is None else scale_tensor
         config = config_of(query, key, value, attn_mask, given_scale, is_causal, return_entropy, return_lse)
     if num_tokens is None and num_tokens_tensor is None:
         num_tokens = key.shape[2]

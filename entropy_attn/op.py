@@ -25,11 +25,16 @@ def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) 
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
-def expanded(scale: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """A scale of shape (), (B,), (B, H) or (B, H, Nq) as a view (B, H, Nq)."""
-    while 0 < scale.dim() < 3:
-        scale = scale.unsqueeze(-1)
-    return scale.expand(query.shape[:3])
+def scale_as_tensor(query, scale_tensor, train_tokens, train_entropy, num_tokens_tensor) -> torch.Tensor | None:
+    """λ as a view (B, H, Nq) if it is a tensor, else None: `scale_tensor`, or the rule's with `num_tokens_tensor`."""
+    if num_tokens_tensor is not None:  # (B,)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scale_tensor = tensor_scale(num_tokens_tensor, train_tokens, query.shape[3], train_entropy, dtype)
+    if scale_tensor is None:
+        return None
+    while 0 < scale_tensor.dim() < 3:  # (B,) and (B, H)
+        scale_tensor = scale_tensor.unsqueeze(-1)
+    return scale_tensor.expand(query.shape[:3])
 
 
 # Only for the running operator: while tracing, sizes are symbolic and cannot be keys of a cache.
@@ -56,14 +61,10 @@ def _attention(
 
     The operator's schema is this signature.
     """
-    resolved: float | torch.Tensor
-    if num_tokens_tensor is not None:  # (B,)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        scale_tensor = tensor_scale(num_tokens_tensor, train_tokens, query.shape[3], train_entropy, dtype)
-    if scale_tensor is None:
+    resolved: float | torch.Tensor | None
+    resolved = scale_as_tensor(query, scale_tensor, train_tokens, train_entropy, num_tokens_tensor)
+    if resolved is None:
         resolved = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
-    else:
-        resolved = expanded(scale_tensor, query)
     run = load(query, value, backend)
     return _tensors(query, run(query, key, value, attn_mask, resolved, is_causal, return_entropy, return_lse))
 

@@ -62,21 +62,30 @@ def entropy_scale(num_tokens, train_tokens, head_dim, train_entropy=0.0):
 def entropy_multiplier(num_tokens, train_tokens, train_entropy=0.0, exponent=0.5, bounds=(0.0, math.inf)):
     """λ √d of a rule with other exponents and with bounds: ((ln N - H_T) / (ln T - H_T)) ** exponent, unchecked.
 
-    With the defaults it is `entropy_scale` times sqrt(d). Below ln N = H_T the ratio counts
-    as 0. N and T may both be 0-d float32 tensors, of sizes that torch.compile is to take for variables; at N = T the
-    result is 1 exactly.
+    With the defaults it is `entropy_scale` times sqrt(d). Below ln N = H_T the ratio counts as 0. N and T may both be
+    0-d float32 tensors, of sizes that torch.compile is to take for variables; at N = T the result is 1 exactly.
     """
     lowest, highest = bounds
-    if isinstance(num_tokens, torch.Tensor):
-        ratio = (num_tokens.log() - train_entropy) / (train_tokens.log() - train_entropy)
+    ratio = entropy_ratio(num_tokens, train_tokens, train_entropy)
+    if isinstance(ratio, torch.Tensor):
         return (ratio.clamp(min=0.0) ** exponent).clamp(lowest, highest)
-    ratio = max(entropy_ratio(num_tokens, train_tokens, train_entropy), 0.0)
-    return min(max(ratio**exponent, lowest), highest)
+    return min(max(max(ratio, 0.0) ** exponent, lowest), highest)
 
 
-def entropy_ratio(num_tokens: int, train_tokens: int, train_entropy: float) -> float:
-    """(ln N - H_T) / (ln T - H_T), unchecked: the square of λ √d under the rule of `entropy_scale`."""
-    return (math.log(num_tokens) - train_entropy) / (math.log(train_tokens) - train_entropy)
+def entropy_ratio(num_tokens, train_tokens, train_entropy, dtype=torch.float32):
+    """(ln N - H_T) / (ln T - H_T), unchecked: the square of λ √d under the rule of `entropy_scale`.
+
+    Tensors are computed in `dtype`. Numbers stay numbers: moving one to a device would copy from the host, which a CUDA
+    graph cannot capture.
+    """
+    log_n, log_t = _log(num_tokens, dtype), _log(train_tokens, dtype)
+    if isinstance(train_entropy, torch.Tensor):
+        train_entropy = train_entropy.to(dtype)
+    return (log_n - train_entropy) / (log_t - train_entropy)
+
+
+def _log(number, dtype):
+    return number.to(dtype).log() if isinstance(number, torch.Tensor) else math.log(number)
 
 
 def _check_int(name: str, value: object, at_least: int) -> None:
@@ -100,12 +109,5 @@ def _check_train_entropy(value: float, numbers: dict) -> None:
 
 
 def tensor_scale(num_tokens, train_tokens, head_dim: int, train_entropy, dtype=torch.float32) -> torch.Tensor:
-    """`entropy_scale` of tensors, unchecked.
-
-    Numbers stay numbers: moving one to a device would copy from the host, which a CUDA graph cannot capture.
-    """
-    log_n, log_t = (
-        x.to(dtype).log() if isinstance(x, torch.Tensor) else math.log(x) for x in (num_tokens, train_tokens)
-    )
-    h = train_entropy.to(dtype) if isinstance(train_entropy, torch.Tensor) else train_entropy
-    return torch.sqrt((log_n - h) / (log_t - h)) / math.sqrt(head_dim)
+    """`entropy_scale` of tensors in `dtype`, unchecked."""
+    return torch.sqrt(entropy_ratio(num_tokens, train_tokens, train_entropy, dtype)) / math.sqrt(head_dim)
