@@ -85,7 +85,7 @@ def run(mutation: Mutation, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": mutation.name, "file": mutation.file, "check": None}
     row |= {"mutation": [mutation.old, mutation.new, mutation.place], "of_calls": calls()}
     try:
-        done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, timeout=LIMIT, check=False)
+        done = finished(command, folder, kept)
         made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"call"')]
         row["calls"] = {call["call"]: call["seconds"] for call in made}
         if done.returncode:
