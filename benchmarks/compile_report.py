@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import itertools
 import re
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -179,15 +178,10 @@ def compile_all(chosen: list[Case], jobs: int, out: Path) -> tuple[dict[str, Any
     with results.Record(out, assemblers=assembler_versions()) as record:
         rows: Iterator[dict[str, Any]] = map(measure, chosen)
         if jobs > 1:
-            rows = ProcessPoolExecutor(jobs, get_context("spawn"), ignore_interrupts).map(measure, chosen)
+            rows = ProcessPoolExecutor(jobs, get_context("spawn"), harness.ignore_interrupts).map(measure, chosen)
         for row in tqdm(rows, total=len(chosen), desc="compiling", file=sys.stderr):
             record.add(row)
     return record.machine, record.rows
-
-
-def ignore_interrupts() -> None:
-    """Ignore Ctrl-C in a process that compiles: the process that collects the rows handles it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main() -> None:

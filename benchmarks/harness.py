@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,11 @@ import entropy_attn
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 FLUSH_BYTES = 256 << 20  # larger than the last-level cache of any GPU to date
+
+
+def ignore_interrupts() -> None:
+    """Ignore Ctrl-C in a worker process: the process that collects the rows handles it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def need_gpu(script_name: str, otherwise: str = "") -> None:

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import signal
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -139,10 +138,6 @@ def report(machine: dict[str, Any], rows: list[dict[str, Any]], error: float) ->
     return f"{about}\n\n{table(rows, error)}\n"
 
 
-def ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=HEAD_DIMS, metavar="D")
@@ -167,7 +162,7 @@ def main() -> None:
         for mask, head_dim, entropy in itertools.product(arguments.masks, arguments.head_dims, entropies)
     ]
     error = known_error(HERE / "validation.json")
-    pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), ignore_interrupts)
+    pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), harness.ignore_interrupts)
     with results.Record(arguments.out, error=error) as record, pool:
         rows = pool.map(predict, chosen, itertools.repeat(arguments.runs))
         for row in tqdm(rows, total=len(chosen), desc="modelling", file=sys.stderr):
