@@ -7,9 +7,15 @@ import math
 import random
 from dataclasses import dataclass, fields
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+# Without a GPU, the kernel runs on CPU tensors in Triton's interpreter.
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
+)
+BACKENDS = [pytest.param("triton", marks=INTERPRETED), "cpu", "reference"]
 HEAD_DIMS = (8, 16, 40, 64, 72, 80, 96, 128, 160, 256, 512)
 OPTIONS: dict[str, tuple] = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
@@ -30,6 +36,11 @@ OPTIONS: dict[str, tuple] = {
 # Allowed errors in units of roundoff, which `truth` explains. Each is a small multiple of the error on random numbers.
 SCORE, WEIGHT, SUM = 6.0, 8.0, 8.0
 STATISTICS = 1e-5  # nats; the absolute part of the allowed error of entropy and LSE
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Seeded random numbers of this shape in float32."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,12 @@ import threading
 
 import pytest
 import torch
+from support import normal
 
 from entropy_attn import attention
 from entropy_attn.backends import cpu
 
 EVERYTHING = {"return_entropy": True, "return_lse": True}
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def qkv(Nq=70, Nk=90, D=16, H=2):

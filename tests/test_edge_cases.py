@@ -4,18 +4,11 @@ import math
 
 import pytest
 import torch
+from support import BACKENDS, normal
 
 from entropy_attn import attention
 
-INTERPRETED = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
-)
-BACKENDS = [pytest.param("triton", marks=INTERPRETED), "cpu", "reference"]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def qkv(Nq=70, Nk=90, D=16, B=2, H=2):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import INTERPRETED
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,9 +21,6 @@ from entropy_attn.kernels import tiles
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 USUAL_SDPA = 6.2  # microseconds of an SDPA call on the core on which the limits were set
-INTERPRETED = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
-)
 
 
 @pytest.fixture

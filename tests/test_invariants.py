@@ -7,14 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import assert_attends, assert_within, plain_inputs, truth
+from support import BACKENDS, assert_attends, assert_within, plain_inputs, truth
 
 from entropy_attn import AttentionOutput, attention, explain
 
-INTERPRETED = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
-)
-pytestmark = pytest.mark.parametrize("backend", [pytest.param("triton", marks=INTERPRETED), "cpu", "reference"])
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 property_test = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

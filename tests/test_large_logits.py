@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
+from support import BACKENDS, normal
 
 from entropy_attn import attention
 
-INTERPRETED = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
-)
-BACKENDS = [pytest.param("triton", marks=INTERPRETED), "cpu", "reference"]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 Nq, Nk, D = 40, 200, 16
 MASKS = {
@@ -20,10 +17,6 @@ MASKS = {
     "rows": {"attn_mask": torch.rand(Nq, Nk, generator=torch.Generator().manual_seed(9)) > 0.3},
     "bias": {"attn_mask": torch.zeros(Nq, Nk).masked_fill(torch.arange(Nk) >= 150, -math.inf)},
 }
-
-
-def normal(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def everything(*tensors, **options):

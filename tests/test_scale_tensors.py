@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
+from support import BACKENDS, INTERPRETED, normal
 
 from entropy_attn import attention, entropy_scale, explain
 
-INTERPRETED = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CPU tensors reach the kernel only in the interpreter"
-)
-BACKENDS = [pytest.param("triton", marks=INTERPRETED), "cpu", "reference"]
 B, H, Nq, Nk, D = 2, 3, 50, 70, 40
 MASKS = {
     "none": {},
@@ -19,10 +16,6 @@ MASKS = {
     "floating": {"attn_mask": torch.randn(B, 1, Nq, Nk, generator=torch.Generator().manual_seed(2))},
     "key padding": {"attn_mask": (torch.arange(Nk) < 60).view(1, 1, 1, Nk)},
 }
-
-
-def normal(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def qkv():
