@@ -16,6 +16,7 @@ import torch
 
 from entropy_attn.diffusers import entropy
 from entropy_attn.diffusers.entropy import LayerCall
+from entropy_attn.diffusers.hooks import hide_from_dynamo, hook_call, hook_output, show_to_dynamo, unhook
 from entropy_attn.diffusers.models import (
     Grid,
     Reading,
@@ -29,10 +30,6 @@ from entropy_attn.diffusers.models import (
 from entropy_attn.diffusers.record import Seen, Session
 from entropy_attn.diffusers.rule import Matcher, Rule
 from entropy_attn.diffusers.steps import Clock, Moment, distinct_samples
-
-# All our hooks have this number; torch counts its own from 0. Dynamo guards on the numbers: blocks that are compiled
-# one by one (compile_repeated_blocks) share a graph only if theirs are equal. Six blocks take 4 graphs, else 12.
-_HOOK = -1
 
 
 @dataclass
@@ -87,7 +84,7 @@ class Denoiser:
     def attach(self) -> None:
         self.is_attached = True
         attached.add(self)
-        _hook(self.model, self.enter, self.leave)
+        hook_call(self.model, self.enter, self.leave)
         for layer in self.layers:
             layer.attach()
         if self._wants_sdpa():
@@ -99,7 +96,7 @@ class Denoiser:
         for layer in self.layers:
             layer.detach()
         if self.is_attached:
-            _unhook(self.model)
+            unhook(self.model)
         self.is_attached = False
         attached.discard(self)
 
@@ -189,29 +186,17 @@ class Layer:
         return torch.compiler.is_compiling() and self.context.clock is None
 
     def attach(self) -> None:
-        _hook(self.module, self.enter, self.leave)
-        self._mark()
+        hook_call(self.module, self.enter, self.leave)
+        show_to_dynamo(self.module)
         self.follow_query()
 
     def detach(self) -> None:
         for producer, _ in self._producers:
-            _unhook(producer)
+            unhook(producer)
         if self.denoiser.is_attached:
-            _unhook(self.module)
-            self._unmark()
+            unhook(self.module)
+            hide_from_dynamo(self.module)
         self._producers = []
-
-    def _mark(self) -> None:
-        """Let Dynamo know: it guards on an instance's own ``forward``, but not on hooks where there were none.
-
-        Else a model that was compiled before it is enabled would go on running its graph, without λ.
-        """
-        if "forward" not in self.module.__dict__:
-            self.module.forward = self.module.forward  # type: ignore[method-assign]
-
-    def _unmark(self) -> None:
-        if self.module.__dict__.get("forward") == type(self.module).forward.__get__(self.module):
-            del self.module.forward
 
     @torch.compiler.assume_constant_result  # run while tracing, for its effect on the hooks that are about to be traced
     def follow_query(self) -> int:
@@ -220,9 +205,9 @@ class Layer:
         if producers != self._producers:
             with _lock:
                 for producer, _ in self._producers:
-                    _unhook(producer)
+                    unhook(producer)
                 for producer, fused in producers:
-                    producer._forward_hooks[_HOOK] = self.scale_first_third if fused else self.scale_query
+                    hook_output(producer, self.scale_first_third if fused else self.scale_query)
                 self._producers = producers
         return len(producers)
 
@@ -338,19 +323,3 @@ class Layer:
     def _remark(self, remark: str) -> None:
         if remark not in self.remarks:
             self.remarks.append(remark)
-
-
-def _hook(module: torch.nn.Module, before: Callable, after: Callable) -> None:
-    """Hook `before`, with keyword arguments, and `after`, also if the module raised, under our number."""
-    module._forward_pre_hooks[_HOOK] = before
-    module._forward_pre_hooks_with_kwargs[_HOOK] = True
-    module._forward_hooks[_HOOK] = after
-    module._forward_hooks_always_called[_HOOK] = True
-
-
-def _unhook(module: torch.nn.Module) -> None:
-    for hooks in (
-        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs,
-        module._forward_hooks, module._forward_hooks_always_called,
-    ):  # fmt: skip
-        hooks.pop(_HOOK, None)
