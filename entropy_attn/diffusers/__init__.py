@@ -1,4 +1,4 @@
-"""The adapter for Diffusers: λ and the entropy in the self-attention of a pipeline, and out again."""
+"""The adapter for Diffusers: gives a pipeline's self-attention the scale λ, and records its entropy."""
 
 import importlib.metadata
 
@@ -6,7 +6,7 @@ OLDEST_DIFFUSERS = (0, 38)
 
 
 def check_version() -> None:
-    """Raise ImportError unless Diffusers is installed, and not older than `OLDEST_DIFFUSERS`."""
+    """Raise ImportError if Diffusers is missing or older than `OLDEST_DIFFUSERS`."""
     try:
         installed = importlib.metadata.version("diffusers")
     except importlib.metadata.PackageNotFoundError:

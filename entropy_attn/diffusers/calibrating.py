@@ -1,4 +1,4 @@
-"""Calibration runs: ordinary runs of a pipeline at the size it was trained at, with the trained scale, recorded."""
+"""`calibrate`: record the entropy of a pipeline at its trained size and trained scale."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def calibrate(
 
     Args:
         pipe: a Diffusers pipeline, not enabled.
-        prompts: what to generate, one run each. The more alike they are to those to come, the better. A pipeline that
-            takes no prompt is run once; give what it takes instead among `call`.
+        prompts: one run each. They should resemble the prompts to come. A pipeline that takes no prompt is run once;
+            its own arguments go into `call`.
         train_size: as in `enable`.
         progress: show a progress bar, if tqdm is installed.
-        call: what else to call the pipeline with, such as num_inference_steps or generator; a `prompt`, `height` or
-            `width` among them goes before `prompts` and the trained size.
+        call: further arguments of the pipeline, such as num_inference_steps or generator. A `prompt`, `height` or
+            `width` here overrides `prompts` and the trained size.
 
     Returns:
         A `Calibration`; its `save` writes it to a file.
@@ -56,7 +56,7 @@ def calibrate(
 
 
 def calibration_from(pipe_or_model, record: EntropyRecord, *, train_size=None) -> Calibration:
-    """The calibration that a record of runs at the trained size, with the trained scale, amounts to.
+    """The calibration from a record of runs at the trained size with the trained scale.
 
     Raises:
         ValueError: the record has no layer of a model at its trained size.

@@ -18,7 +18,7 @@ WEIGHT_TOLERANCE = 2e-3  # relative: a model keeps its identity in half precisio
 
 @dataclass(frozen=True)
 class ModelCalibration:
-    """The H_T of one model's layers by name, in nats, and what the model is known by."""
+    """H_T of one model's layers by name, in nats, and what identifies the model."""
 
     model: str
     config: str  # a hash
@@ -29,7 +29,7 @@ class ModelCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Mean entropies measured by `calibrate`, to enable the model with at other sizes."""
+    """Mean entropies at the trained size, measured by `calibrate`, for `enable(calibration=...)`."""
 
     models: tuple[ModelCalibration, ...]
 
@@ -66,7 +66,7 @@ class Calibration:
         return calibration
 
     def of(self, model: torch.nn.Module) -> ModelCalibration:
-        """The part that is of this model. Raises ValueError if there is none."""
+        """The calibration of this model. Raises ValueError if there is none."""
         kind, config, weight = type(model).__name__, _config_hash(model), _weight(model)
         reasons = []
         for mine in self.models:

@@ -1,4 +1,4 @@
-"""Enabling a pipeline or model, the handle of that, and disabling it."""
+"""`enable`, `disable` and the `Handle` of an enabled pipeline or model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def enable(
         record_entropy: record the entropy of those layers in `Handle.entropy`. An `EntropyRecord` is added to.
         attention: who computes the attention. "model": the model itself; `entropy_attn.attention` only measures the
             entropy, beside it. "fused": `entropy_attn.attention`, wherever the layer calls SDPA. "auto": that on a GPU
-            at other sizes than the trained one, and where entropy is recorded; else the model.
+            at other sizes than the trained one, and wherever entropy is recorded; else the model.
         joint: what counts in joint attention of image and text: "keys", all of them, text in N as well as T; or
             "image".
         strict: raise RuntimeError where a layer can be given no λ, its entropy not be recorded or, with
@@ -97,11 +97,11 @@ def enable(
 
 
 def disable(pipe_or_model) -> None:
-    """Take back what `enable` did to a pipeline or model; nothing happens if it was not enabled."""
+    """Take back what `enable` did to a pipeline or model. One that is not enabled is left as it is."""
     models = find_denoisers(pipe_or_model).values()
     for denoiser in list(attached):
         pipeline = denoiser.context.pipeline and denoiser.context.pipeline()
-        if denoiser.model in models or pipeline is pipe_or_model:  # the latter: of a model that it no longer has
+        if denoiser.model in models or pipeline is pipe_or_model:  # the pipeline may have exchanged its model
             denoiser.detach()
 
 
@@ -110,10 +110,10 @@ def is_enabled(model: torch.nn.Module) -> bool:
 
 
 class Handle:
-    """What `enable` did to a pipeline or model, and the way back. A context manager; printed, a table of layers.
+    """An enabled pipeline or model. A context manager that disables it; printed, a table of its layers.
 
-    Enabling a model again takes it from the handle that has it. A handle whose ``with`` block goes on has it back when
-    the ``with`` block of the new one ends.
+    Enabling a model again disables it in the older handle. When ``with`` blocks are nested, the outer handle is enabled
+    again at the end of the inner block.
     """
 
     def __init__(self, title: str, context: Context, denoisers: list[Denoiser], skipped: list[str]):
@@ -140,7 +140,7 @@ class Handle:
         return any(denoiser.is_attached for denoiser in self._denoisers)
 
     def disable(self) -> None:
-        """Take everything back: no hook stays, and SDPA is PyTorch's when no handle needs ours. May be called again."""
+        """Remove every hook, and the replacement of SDPA if no other handle needs it. May be called again."""
         for denoiser in self._denoisers:
             denoiser.detach()
 
@@ -294,7 +294,7 @@ def _override(layers: list[Layer], overrides) -> None:
 
 
 def _label(exponent: float, calibration, match_entropy: bool) -> str:
-    """What runs with these settings are called in the record."""
+    """The label in the record of runs with these settings."""
     if exponent == 0 and not match_entropy:
         return "trained scale"
     kind = "matched λ" if match_entropy else "λ" if calibration is None else "calibrated λ"

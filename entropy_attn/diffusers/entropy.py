@@ -1,7 +1,7 @@
 """Our attention at SDPA: calls of ``F.scaled_dot_product_attention`` inside an enabled layer go to `attention`.
 
-The function is replaced while a layer of an enabled model wants that, be it for the entropy or for our kernel. Outside
-of those layers the replacement calls what it replaced.
+The process-wide function is replaced while an enabled model needs it, for the entropy or for our kernel. Outside of
+enabled layers the replacement calls the function that it replaced.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class LayerCall:
     multiplier: float | torch.Tensor  # λ √d
     attention: str  # who computes it: "auto", "fused", "model"
     observe: Callable[[torch.Tensor], None] | None  # takes the entropy (B, H, Nq), where it is wanted
-    report: Callable[[str], None]  # takes what could not be done
+    report: Callable[[str], None]  # takes a sentence on λ or entropy that is missing
     keys: int
-    traced: bool = False  # part of it is compiled, so that its frame may not be on the stack
+    traced: bool = False  # parts of the module are compiled, and its frame may be missing from the stack
     scaled: int = 0  # queries that were multiplied
     attended: int = 0  # calls of SDPA with this many keys
 
@@ -41,7 +41,7 @@ class LayerCall:
         return not isinstance(self.multiplier, torch.Tensor) and self.multiplier == 1.0
 
     def is_ours(self, query: torch.Tensor) -> bool:
-        """Whether `attention` computes the output; at the trained size that is left to the model, bit for bit."""
+        """Whether `attention` computes the output. With "auto" the model does at the trained size: same bits."""
         if self.attention == "auto":
             return self.observe is not None or (query.is_cuda and not self.is_unscaled)
         return self.attention == "fused"
@@ -49,14 +49,14 @@ class LayerCall:
 
 class _Scope:
     call: LayerCall | None = None
-    cut: bool = False  # the layer in progress is in a compiled model, but its call is not in the graph
+    cut: bool = False  # the layer in progress cuts the graph of a compiled model
 
 
 class _ThreadScope(_Scope, threading.local):
     pass
 
 
-# While tracing, a global: what a graph writes is undone when the trace ends, whatever the thread.
+# While tracing, a global: Dynamo does not track writes to threading.local.
 _running, _traced = _ThreadScope(), _Scope()
 
 
@@ -66,7 +66,7 @@ def scope() -> _Scope:
 
 
 def running_call() -> LayerCall | None:
-    """The call of an enabled layer that this code is part of."""
+    """The call of an enabled layer in progress in this thread, or in the trace."""
     here = scope()
     call = here.call
     if call is None or torch.compiler.is_compiling() or call.traced or is_running(call.module):
@@ -78,8 +78,8 @@ def running_call() -> LayerCall | None:
 def is_running(module: torch.nn.Module) -> bool:
     """Whether a call of `module` is on the stack of this thread.
 
-    KeyboardInterrupt ends a call without its forward hooks (torch runs those of ``always_call`` for `Exception` only).
-    What our hooks noted is then still there, but the frame of the call is not.
+    A KeyboardInterrupt ends a call without the forward hook that clears our note of it: torch runs ``always_call``
+    hooks after an `Exception` only. The frame of the call is gone, so the note counts as stale.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -91,7 +91,7 @@ def is_running(module: torch.nn.Module) -> bool:
 
 _lock = threading.RLock()
 _users: weakref.WeakSet = weakref.WeakSet()
-_latest: list[Callable] = []  # the latest replacement: used again in the same place, so that compiled graphs still hold
+_latest: list[Callable] = []  # the latest replacement, used again: compiled graphs guard on the function
 
 
 def install(user: object) -> None:
@@ -155,8 +155,8 @@ _REPLACEMENT = _replacement(F.scaled_dot_product_attention).__code__
 def _attend(sdpa: Callable, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:
     call = running_call()
     if not torch.compiler.is_compiling() and not _users:
-        _settle()  # another library has put ours back after the last handle was disabled
-    if call is None or key.shape[-2] != call.keys:  # the latter: an IP-Adapter's image tokens
+        _settle()  # another library restored our replacement after the last handle was disabled
+    if call is None or key.shape[-2] != call.keys:  # an IP-Adapter attends to its image tokens by another call
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     call.attended += 1
     with _outside():
@@ -174,7 +174,7 @@ _attend_eagerly = torch.compiler.disable(_attend)
 def _ours(
     call: LayerCall, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
 ) -> torch.Tensor | None:
-    """The output of `attention`, its entropy observed where that is wanted; None where `attention` cannot run."""
+    """The output of `attention`, or None where it cannot run. Observes the entropy where that is wanted."""
     try:
         result = attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
@@ -195,7 +195,7 @@ def _ours(
 
 @contextlib.contextmanager
 def _outside() -> Iterator[None]:
-    """Leave the layer for a while: the attention that is called here may itself call SDPA."""
+    """Clear the current call meanwhile: `attention` on the CPU itself calls SDPA."""
     here = scope()
     call, here.call = here.call, None
     try:

@@ -16,15 +16,15 @@ KEYS = ("run", "label", "layer", "step", "half", "head")
 
 
 class Seen(NamedTuple):
-    """What a layer attended to, and with which scale. Without tokens it attended to something else than the image's."""
+    """A call of a layer as the record has it. `tokens` is None if the layer did not attend to the image."""
 
     keys: int
     tokens: Tokens | None
-    multiplier: float | torch.Tensor | None  # λ √d; None: what the rule makes of the tokens
+    multiplier: float | torch.Tensor | None  # λ √d; None: the rule tells it from the tokens
 
 
 class EntropyTable(list):
-    """Rows as dicts; printed, a table of aligned columns."""
+    """A list of dicts that prints as a table."""
 
     def __str__(self) -> str:
         if not self:
@@ -45,7 +45,7 @@ def _cell(value: object) -> str:
 
 
 class _Mean:
-    """The mean entropy (halves, H) of a layer over rows, images and repeated calls, kept on its device."""
+    """The mean entropy (halves, H) of a layer, over queries, images and repeated calls. It stays on the device."""
 
     def __init__(self, entropy: torch.Tensor, seen: Seen):
         self.total, self.calls, self.seen = entropy, 1, seen
@@ -60,9 +60,9 @@ class _Mean:
 class EntropyRecord:
     """Mean attention entropy, in nats, for each run, layer, denoising step, half of the batch and head.
 
-    No attention maps and no entropies of single rows are kept. A half is one condition of classifier-free guidance: 0
-    without and 1 with the prompt, or in the pipeline's own order; pipelines that guide by more have more. They are
-    parts of one batch, or calls of one step. Without guidance there is half 0 alone.
+    Neither attention maps nor entropies of single queries are kept. A half is one condition of classifier-free
+    guidance, in the pipeline's order: usually 0 without the prompt and 1 with it. Some pipelines have three. The
+    conditions are parts of one batch, or successive calls in one step. Without guidance there is only half 0.
 
     One record can be given to several `enable` calls, so that their runs can be compared.
     """
@@ -74,7 +74,7 @@ class EntropyRecord:
         self._sessions: list[int] = []  # of runs
 
     def open_session(self, label: str) -> Session:
-        """Take note that runs under `label` will follow; returns what adds them."""
+        """Begin a session, whose runs get this label."""
         self._labels.append(label)
         return Session(self, len(self._labels) - 1)
 
@@ -162,8 +162,8 @@ class EntropyRecord:
     def plot(self, path: str | Path | None = None):
         """Draw the paper's Fig. 5 (entropy against ln N, with its fit) and Fig. 6 (entropy of each layer).
 
-        Needs matplotlib. Each run is a point of the first picture, so a fit takes runs at two sizes or more. Runs with
-        and without λ come from `enable(..., exponent=0)` and `enable(...)` with one record.
+        Needs matplotlib. Each run is a point of Fig. 5, and a fitted line needs runs at two sizes or more. To compare λ
+        with the trained scale, give one record to `enable(..., exponent=0)` and to `enable(...)`.
 
         Returns:
             The matplotlib figure, also saved to `path` if given.

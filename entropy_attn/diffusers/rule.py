@@ -1,4 +1,4 @@
-"""By how much a layer's trained scale 1/sqrt(d) is multiplied: as a function of N and T, or of the measured entropy."""
+"""The rule: λ √d, the ratio of λ to the trained scale, from N and T or from the entropy of earlier steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from entropy_attn.diffusers.models import Tokens
 from entropy_attn.diffusers.steps import Moment
 from entropy_attn.scale import entropy_multiplier
 
-# A rule that aims at a layer's entropy asks for any multiplier where that entropy is out of reach. The paper's cannot.
+# Default bounds with H_T > 0: near ln N = H_T or ln T = H_T that rule has no bounds of its own.
 ENTROPY_BOUNDS = (0.5, 2.0)
 RUNS_KEPT = 8  # a matcher forgets older runs
 
@@ -130,7 +130,7 @@ class Matcher:
 
 @dataclass
 class _Matched:
-    """What a matcher knows of one run."""
+    """The state of a matcher in one run."""
 
     tokens: Tokens
     step: int

@@ -1,6 +1,7 @@
-"""λ on the query: hooks on what produces the query of a layer multiply it by λ √d, the ratio to the trained scale.
+"""λ on the query: forward hooks multiply the query of a layer by λ √d, the ratio of λ to the trained scale 1/√d.
 
-Nothing of the attention itself is touched, so that it holds with every attention processor and backend.
+The hooks are on the modules that produce the query. The attention itself is not touched, so every attention processor
+and backend works.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ class Context:
     attention: str  # who computes it: "auto", "fused", "model"
     joint: str
     strict: bool
-    clock: Clock | None  # None where no one asks for the step
-    session: Session | None  # of the entropy record, if one is wanted
+    clock: Clock | None  # None if neither a rule nor the record needs the denoising step
+    session: Session | None  # where entropies are recorded, if they are
     pipeline: weakref.ref | None
 
     def __getstate__(self):
-        return {**self.__dict__, "pipeline": None}  # a copy is not of that pipeline
+        return {**self.__dict__, "pipeline": None}  # a copied model belongs to another pipeline, or to none
 
 
 class DenoiserCall(NamedTuple):
-    """A call of a denoiser: the size it sees, when, and how many images it makes."""
+    """A call of a denoiser in progress. `moment` and `images` are only known where the handle has a clock."""
 
     grid: Grid
     moment: Moment | None
     images: int
-    recomputed: bool = False  # its layers run again, in a backward pass with gradient checkpointing
+    recomputed: bool = False  # gradient checkpointing runs the layers again in the backward pass
 
 
 class _Thread(threading.local):
@@ -68,7 +69,7 @@ _lock = threading.RLock()
 
 
 class Denoiser:
-    """A model whose layers are enabled. Its hooks note what it is called with, for its layers."""
+    """An enabled model. Its forward hooks note the call in progress, which its layers read."""
 
     def __init__(self, name: str, model: torch.nn.Module, reading: Reading, context: Context):
         self.name, self.model, self.reading, self.context = name, model, reading, context
@@ -76,9 +77,9 @@ class Denoiser:
         self.is_attached = False
         self.is_in_block = False  # of the with statement of its handle
         self._thread = _Thread()
-        self._kept: DenoiserCall | None = None  # for the backward pass, where a model checkpoints
-        # What the call in progress was given, for graphs: Dynamo takes sizes of tensors for variables, and ints in
-        # attributes for constants.
+        self._kept: DenoiserCall | None = None  # the last call, for the backward pass of gradient checkpointing
+        # The input of the call in progress. A graph reads N from it: Dynamo treats the sizes of a tensor as variables,
+        # but an int attribute as a constant.
         self.sample: torch.Tensor | None = None
 
     def attach(self) -> None:
@@ -91,7 +92,7 @@ class Denoiser:
             entropy.install(self)
 
     def detach(self) -> None:
-        """Remove every hook. An interrupted one is finished by the next: what it is found by goes last."""
+        """Remove every hook. The denoiser leaves `attached` last, so that a call after an interrupted one finds it."""
         entropy.release(self)
         for layer in self.layers:
             layer.detach()
@@ -105,7 +106,7 @@ class Denoiser:
         return ours or any(layer.wants_entropy for layer in self.layers)
 
     def __setstate__(self, state):
-        """A copy of an enabled model, by deepcopy or pickle, is enabled by itself."""
+        """A copy of an enabled model, by deepcopy or pickle, is itself enabled."""
         self.__dict__.update(state)
         if self.is_attached:
             attached.add(self)
@@ -147,9 +148,9 @@ class Denoiser:
         return None if self.sample is None else DenoiserCall(self.reading.grid(self.sample), None, 0)
 
     def running_call(self, traced: bool) -> DenoiserCall | None:
-        """The call in progress in this thread; else the one whose backward pass may be in progress, in any thread."""
+        """The call in progress in this thread. If there is none, the last call, whose backward pass may be running."""
         call = self._thread.call
-        if call is None and self.sample is not None:  # its hook was compiled, this layer's was not
+        if call is None and self.sample is not None:  # the model's hook was compiled, the layer's was not
             return self.call_in_graph()
         if call is not None and (traced or entropy.is_running(self.model)):
             return call
@@ -157,7 +158,7 @@ class Denoiser:
 
 
 class Layer:
-    """A self- or joint-attention module: its rule, and the hooks that multiply its query."""
+    """An enabled self- or joint-attention module: its rule, and the forward hooks that multiply its query."""
 
     def __init__(self, name: str, module: torch.nn.Module, denoiser: Denoiser, rule: Rule):
         self.name, self.module, self.denoiser, self.context = name, module, denoiser, denoiser.context
@@ -171,7 +172,7 @@ class Layer:
         self.matcher = Matcher(rule) if rule.match_entropy else None
 
     def multiplier_of(self, seen: Seen) -> float:
-        """λ √d as a number. A graph notes N and T alone."""
+        """λ √d as a number. A call in a graph leaves only N and T: the multiplier is computed from them here."""
         if seen.multiplier is None and seen.tokens is not None:
             return float(self.rule.multiplier_for(seen.tokens))
         return 1.0 if seen.multiplier is None else float(seen.multiplier)
@@ -182,7 +183,7 @@ class Layer:
 
     @property
     def in_graph(self) -> bool:
-        """Whether torch.compile takes λ into its graph: arithmetic on the sizes, no step and no entropy."""
+        """Whether λ is being traced into a graph. It is not where a rule or the record needs the denoising step."""
         return torch.compiler.is_compiling() and self.context.clock is None
 
     def attach(self) -> None:
@@ -198,9 +199,9 @@ class Layer:
             hide_from_dynamo(self.module)
         self._producers = []
 
-    @torch.compiler.assume_constant_result  # run while tracing, for its effect on the hooks that are about to be traced
+    @torch.compiler.assume_constant_result  # Dynamo runs it while tracing: the hooks are right before they are traced
     def follow_query(self) -> int:
-        """Put the hooks where the query is produced now: LoRA wraps the projection, fusing replaces it."""
+        """Hook the modules that produce the query now. LoRA wraps the projection, fuse_qkv_projections replaces it."""
         producers = query_producers(self.module)
         if producers != self._producers:
             with _lock:
@@ -228,9 +229,9 @@ class Layer:
         self._begin(self.denoiser.running_call(traced), queries, keys, own, None, traced)
 
     def _begin(self, call: DenoiserCall | None, queries, keys, own: float | None, device, traced: bool) -> None:
-        """Note what the layer is called for. In a graph, on `device`, its sizes are symbols."""
+        """Note the call of the layer and its multiplier. In a graph `device` is given, and the sizes are symbols."""
         entropy.scope().call = None
-        if call is None:  # the layer is called by itself
+        if call is None:  # the layer is called outside of its model
             return
         reading, match = self.denoiser.reading, remembered_tokens if device is None else match_tokens
         tokens = match(call.grid, reading.train_grid, reading.strides, queries, keys, self.context.joint)
@@ -265,11 +266,11 @@ class Layer:
         return observe
 
     def scale_query(self, producer, args, output):
-        """Forward hook of what produces a query."""
+        """Forward hook of a module that produces a query."""
         return self._scaled(output) if self.in_graph else self._scale_eagerly(output)
 
     def scale_first_third(self, producer, args, output):
-        """Forward hook of what produces query, key and value in one."""
+        """Forward hook of a module that produces query, key and value in one tensor."""
         query, rest = output.tensor_split((output.shape[-1] // 3,), dim=-1)
         scaled = self.scale_query(producer, args, query)
         return None if scaled is None else torch.cat([scaled, rest], dim=-1)
@@ -298,7 +299,7 @@ class Layer:
         self._end(entropy.running_call(), finished)
 
     def _end(self, call: LayerCall | None, finished: bool) -> None:
-        """Say what the module's attention processor gave no occasion for."""
+        """Report what the attention processor made impossible: a query or an SDPA call that no hook has seen."""
         entropy.scope().call = None
         if call is None or not finished:
             return
@@ -313,7 +314,7 @@ class Layer:
 
     @torch.compiler.disable(reason="λ or the entropy is missing in a layer")
     def report(self, remark: str) -> None:
-        """Say what cannot be had: in an error if strict, else in a warning, once."""
+        """Raise RuntimeError if strict. Else warn, once for each remark."""
         if self.context.strict:
             raise RuntimeError(f"{self.name}: {remark}")
         if remark not in self.remarks:

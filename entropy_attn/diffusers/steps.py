@@ -1,4 +1,4 @@
-"""Which run of a pipeline, which denoising step and which condition a call of the denoiser belongs to."""
+"""Steps: the run of a pipeline, the denoising step and the turn within it that a call of a denoiser belongs to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Moment(NamedTuple):
-    """A call of a denoiser: its run, its step, and which of the step's calls it is, all from 0."""
+    """When a denoiser is called: the run, the step in it, and the number of the call in that step, all from 0."""
 
     run: int
     step: int
@@ -27,9 +27,9 @@ class _Progress:
     run: int
     schedule: torch.Tensor | None = None  # the scheduler's timesteps: another tensor in every run
     timesteps: list[float] = field(default_factory=list)
-    steps: int | None = None  # asked for
+    steps: int | None = None  # num_inference_steps
     order: int = 1  # timesteps a step
-    position: int = 0  # in the timesteps that were seen
+    position: int = 0  # of the current timestep among those seen
     timestep: float = math.nan
     repeats: int = 1  # positions with this timestep so far
     direction: float = 0.0
@@ -38,7 +38,7 @@ class _Progress:
 
     @property
     def step(self) -> int:
-        """As the pipeline's progress bar counts: some schedulers take several timesteps a step, or begin with more."""
+        """The step as the progress bar counts it. A step is `order` timesteps; a schedule may begin with extra ones."""
         begin = 0 if self.steps is None else max(0, len(self.timesteps) - self.steps * self.order)
         return max(0, self.position - begin) // self.order
 
@@ -48,14 +48,14 @@ class _Progress:
         self.position, self.timestep, self.turns, self.samples = self.position + 1, timestep, {}, {}
 
     def is_next(self, timestep: float, denoiser: str, sample: torch.Tensor) -> bool:
-        """Whether a call is of the next position, and not one more of this one."""
+        """Whether a call belongs to the next position, and not to the current one."""
         if timestep != self.timestep:
             return True
         seen = self.samples.get(denoiser)
         return seen is not None and seen() is not sample and self.repeats < self.occurrences(timestep)
 
     def occurrences(self, timestep: float) -> int:
-        """How often a timestep is in the schedule. Models that are given it in other units: how often any is."""
+        """How often the schedule has this timestep; where the model gets it in other units, the most it has any."""
         return self.timesteps.count(timestep) or max(map(self.timesteps.count, self.timesteps), default=1)
 
 
@@ -72,7 +72,7 @@ class Clock:
         self._progress: weakref.WeakKeyDictionary[object, _Progress] = weakref.WeakKeyDictionary()
 
     def __reduce__(self):
-        return Clock, (self._runs,)  # a copy is of no pipeline that is running
+        return Clock, (self._runs,)  # the pipeline of a copied model is not running
 
     def tick(self, denoiser: str, timestep: float, sample: torch.Tensor) -> Moment:
         """The moment of a call of `denoiser`."""
