@@ -3,6 +3,7 @@
     python benchmarks/model/extract.py --flash-attention vllm_flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so
     python benchmarks/model/extract.py --torch site-packages/torch/lib/libtorch_cuda.so
     python benchmarks/model/anchor_kernels.py build/triton && python benchmarks/model/extract.py --triton build/triton
+    python benchmarks/model/flex_kernel.py build/flex && python benchmarks/model/extract.py --triton build/flex
 
 validate.py reads the files in that folder and needs none of this. Of Triton's many tiles, those that the model finds
 fastest are kept, for the tutorials take the fastest they measure.
@@ -51,7 +52,7 @@ def flash_attention(library: Path, name: str, origin: str) -> None:
 
 
 def triton_kernels(folder: Path) -> None:
-    """The fastest tiles of each kernel in a folder that anchor_kernels.py wrote."""
+    """The fastest tiles of each kernel in a folder that anchor_kernels.py or flex_kernel.py wrote."""
     best: dict[str, list[tuple[float, str, loops.Loop]]] = {}
     for path in tqdm(sorted(folder.glob("*.cubin")), desc=str(folder)):
         about = json.loads(path.with_suffix(".json").read_text())
@@ -59,8 +60,9 @@ def triton_kernels(folder: Path) -> None:
         code = Code(tuple(decode.main_loop(decode.disassemble(path))), about["warps"], registers(path), about["shared"])
         if not code.programs:
             continue
-        loop = loops.Loop(code, about["flops"], f"Triton {version}, {path.stem} of anchor_kernels.py")
-        kernel = re.match(r"attention_\d+|matmul", path.stem)
+        origin = about.get("origin", f"Triton {version}, {path.stem} of anchor_kernels.py")
+        loop = loops.Loop(code, about["flops"], origin)
+        kernel = re.match(r"(flex_)?attention_\d+|matmul", path.stem)
         assert kernel
         speed = estimate(code, loop.flops, runs=4).speed
         best.setdefault(f"triton_{version}_{kernel[0]}", []).append((speed, path.stem, loop))
@@ -84,7 +86,9 @@ def main() -> None:
     parser.add_argument("--flash-attention", type=Path, metavar="SO", help="of the wheel vllm-flash-attn 2.6.2")
     parser.add_argument("--torch", type=Path, metavar="SO", help="libtorch_cuda.so of a PyTorch built for CUDA")
     parser.add_argument("--torch-version", default="2.8.0", help="which it is (default: %(default)s)")
-    parser.add_argument("--triton", type=Path, nargs="+", metavar="FOLDER", help="of anchor_kernels.py")
+    parser.add_argument(
+        "--triton", type=Path, nargs="+", metavar="FOLDER", help="of anchor_kernels.py or flex_kernel.py"
+    )
     arguments = parser.parse_args()
     if not (arguments.flash_attention or arguments.torch or arguments.triton):
         parser.error("name a library or a folder; validate.py needs neither")

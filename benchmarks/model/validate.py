@@ -35,7 +35,7 @@ def table(checked: Sequence[Checked]) -> str:
     lines = []
     for c in checked:
         found = c.estimate
-        span = sorted({f"{x:.0f}" for x in c.anchor.published})
+        span = sorted({f"{x * c.unit:.0f}" for x in c.anchor.published})
         published = f"{c.published:.0f}" if len(span) == 1 else f"{c.published:.0f} ({span[0]} to {span[-1]})"
         cycles = f"{found.cycles:.0f} ± {100 * found.error:.1f} %"
         lines.append([c.anchor.name, published, f"{found.speed:.0f}", f"{100 * c.error:+.1f} %", cycles,

@@ -21,13 +21,14 @@ DOCUMENTATION = {OLDER: Card(220.0, AT_BOOST), NEWER: Card(218.2, AT_BOOST)}
 ISSUE = "https://github.com/triton-lang/triton/issues/{}"
 
 CUDA_ATTENTION, TRITON_ATTENTION, TRITON_MATMUL = "attention, CUDA C++", "attention, Triton", "matrix product, Triton"
+FLEX_ATTENTION = "FlexAttention, relative"
 
 
 @dataclass(frozen=True)
 class Anchor:
     """published: TFLOP/s; their mean is compared. loops: a pattern of names; the fastest is taken, as the tutorials
     take it. useful: the part of the time that the main loop has work for, see `causal` and `waves`. fitted: whether
-    estimate.OTHER was chosen on it."""
+    estimate.OTHER was chosen on it. relative_to: a loop whose modelled speed the published figures are shares of."""
 
     name: str
     family: str
@@ -37,6 +38,7 @@ class Anchor:
     card: Card = estimate.SXM4_400_W
     useful: float = 1.0
     fitted: bool = False
+    relative_to: str | None = None
 
 
 def causal(tokens: int, queries: int = 128) -> float:
@@ -89,6 +91,11 @@ ANCHORS = [
     # The paper's abstract: 50 to 73 % of the maximum. The highest is at D = 128 without a mask.
     Anchor("FlashAttention-2's paper, highest", CUDA_ATTENTION, "flash_attention_128", (0.73 * 312,),
            "https://arxiv.org/abs/2307.08691"),
+    # PyTorch's announcement: 90 % of FlashAttention-2 forward, without TFLOP/s or a head dim. So the modelled speed is
+    # compared with that of FlashAttention-2's loop.
+    *(Anchor(f"FlexAttention, D = {head_dim}", FLEX_ATTENTION, f"triton_3.7.1_flex_attention_{head_dim}_*", (0.9,),
+             "https://pytorch.org/blog/flexattention/", relative_to=f"flash_attention_{head_dim}")
+      for head_dim in (64, 128)),
 ]  # fmt: skip
 
 
@@ -97,10 +104,11 @@ class Checked:
     anchor: Anchor
     loop: str
     estimate: Estimate
+    unit: float = 1.0  # TFLOP/s that a published figure of 1 stands for
 
     @property
     def published(self) -> float:
-        return statistics.mean(self.anchor.published)
+        return statistics.mean(self.anchor.published) * self.unit
 
     @property
     def error(self) -> float:
@@ -111,12 +119,17 @@ class Checked:
 def check(anchor: Anchor, runs: int) -> Checked:
     """The estimate of the fastest of an anchor's loops."""
     found = []
+    unit = 1.0 if anchor.relative_to is None else _estimate(anchor, anchor.relative_to, runs).speed
     for name in loops.matching(anchor.loops):
-        loop = loops.load(name)
-        found.append(Checked(anchor, name, estimate.estimate(loop.code, loop.flops, anchor.card, runs, anchor.useful)))
+        found.append(Checked(anchor, name, _estimate(anchor, name, runs), unit))
     if not found:
         raise FileNotFoundError(f"no loop matches {anchor.loops} in {loops.FOLDER}")
     return max(found, key=lambda checked: checked.estimate.speed)
+
+
+def _estimate(anchor: Anchor, loop_name: str, runs: int) -> Estimate:
+    loop = loops.load(loop_name)
+    return estimate.estimate(loop.code, loop.flops, anchor.card, runs, anchor.useful)
 
 
 def largest_error(checked: list[Checked]) -> float:
