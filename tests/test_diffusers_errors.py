@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import diffusers
 import tiny_pipelines as tiny
 from diffusers import StableDiffusionPipeline
 
@@ -93,9 +94,28 @@ def test_what_is_no_pipeline(thing):
 
 
 def test_models_that_are_no_denoisers(pipe):
-    for model in (pipe.vae, pipe.text_encoder, torch.nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match=f"{type(model).__name__} is not a denoiser that is known"):
+    with pytest.raises(ValueError, match="AutoencoderKL is not a denoiser that is known"):
+        entropy_attn.enable(pipe.vae)
+    for model in (pipe.text_encoder, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no softmax self-attention to scale"):
             entropy_attn.enable(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Kandinsky5Transformer3DModel", "modules without to_q or to_qkv"),
+        ("SanaVideoTransformer3DModel", "cross-attention, linear attention, which has no softmax"),
+    ],
+)
+def test_video_models_without_softmax_self_attention(name, reason):
+    """The error names what they have, and does not ask for a train_size."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this Diffusers has no {name}")
+    with torch.device("meta"):
+        model = getattr(diffusers, name)()
+    with pytest.raises(ValueError, match=f"{name} has no softmax self-attention to scale, only {reason}"):
+        entropy_attn.enable(model)
 
 
 def test_a_unet_without_attention():

@@ -208,7 +208,7 @@ def _denoisers(
     for name, model in models.items():
         modules, others = find_layers(model)
         skipped += others.values()
-        if not modules and others:
+        if not modules:
             continue
         try:
             reading = read_model(model, pipeline, train_size)
@@ -217,8 +217,6 @@ def _denoisers(
                 raise
             warnings.warn(f"entropy_attn: {name} is left at its trained scale: {error}", RuntimeWarning, stacklevel=3)
             skipped += [f"{name}, which is not known"] * len(modules)
-            continue
-        if not modules:
             continue
         denoiser = Denoiser(name, model, reading, context)
         rules = dict.fromkeys(modules, rule)
