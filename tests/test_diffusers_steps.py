@@ -1,5 +1,6 @@
 """Runs, steps and halves: with every scheduler, from images, with shared models, with several conditions."""
 
+import copy
 import threading
 
 import pytest
@@ -132,7 +133,8 @@ def test_two_pipelines_with_one_unet_and_schedulers_of_their_own(pipes):
 
 def test_two_threads_with_one_unet(pipes):
     pipe, _ = pipes
-    other = _quiet(diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False))
+    components = {**pipe.components, "tokenizer": copy.deepcopy(pipe.tokenizer)}  # one serves one thread at a time
+    other = _quiet(diffusers.StableDiffusionPipeline(**components, requires_safety_checker=False))
     set_scheduler(pipe, "DDIMScheduler")
     set_scheduler(other, "EulerDiscreteScheduler")
     barrier = threading.Barrier(2, timeout=30)
