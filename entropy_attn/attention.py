@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from entropy_attn import checks, op  # noqa: F401 (op registers the operator)
-
-
-class AttentionOutput(NamedTuple):
-    """What `attention` returns when asked for more than the output; what was not asked for is None."""
-
-    out: torch.Tensor
-    entropy: torch.Tensor | None
-    lse: torch.Tensor | None
+from entropy_attn.output import AttentionOutput, answer
 
 
 def attention(
@@ -92,6 +83,4 @@ def attention(
     out, entropy, lse = torch.ops.entropy_attn.attention(*arguments)
     if layout == "bnhd":
         out = out.transpose(1, 2)
-    if not (return_entropy or return_lse):
-        return out
-    return AttentionOutput(out, entropy if return_entropy else None, lse if return_lse else None)
+    return answer(out, entropy, lse, return_entropy, return_lse)
