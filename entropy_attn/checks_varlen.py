@@ -128,10 +128,11 @@ def _check_ends(which: str, of: str, cu_seqlens: torch.Tensor, total: int, longe
     for i, (begin, end) in enumerate(itertools.pairwise(ends)):
         if end < begin:
             raise ValueError(f"cu_seqlens_{which} must not fall, got {begin} and then {end} at {i} and {i + 1}")
-        if end - begin > longest:
-            raise ValueError(
-                f"max_seqlen_{which} must be at least the longest sequence of cu_seqlens_{which}, "
-                f"got {longest}, and sequence {i} has {end - begin}"
-            )
     if ends[-1] > total:
         raise ValueError(f"cu_seqlens_{which} must end at most at the rows of {of}, {total}, got {ends[-1]}")
+    lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+    if max(lengths, default=0) > longest:
+        raise ValueError(
+            f"max_seqlen_{which} must be at least the longest sequence of cu_seqlens_{which}, {max(lengths)}, "
+            f"got {longest}"
+        )
