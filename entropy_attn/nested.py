@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from entropy_attn.checks import integer, real
@@ -13,7 +15,7 @@ def is_jagged(tensor) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.is_nested and tensor.layout == torch.jagged
 
 
-def attention_jagged(query, key, value, attn_mask, dropout_p, num_tokens, layout, **options):
+def attention_jagged(query, key, value, attn_mask, dropout_p, num_tokens, layout, **options: Any):
     """`attention` of jagged tensors (B, H, N, D), or (B, N, H, D) with layout="bnhd", with the N of each sequence."""
     if layout not in ("bhnd", "bnhd"):
         raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
@@ -26,24 +28,26 @@ def attention_jagged(query, key, value, attn_mask, dropout_p, num_tokens, layout
     inputs = {"query": query, "key": key, "value": value}
     packed = {name: _packed(name, tensor, layout) for name, tensor in inputs.items()}
     of_queries, of_keys = (packed[name][1] for name in ("query", "key"))
+    if not of_queries.shape == of_keys.shape == packed["value"][1].shape:
+        raise ValueError(
+            f"query, key and value must have the same batch size, "
+            f"got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
+        )
     if value.offsets() is not key.offsets() and not torch.equal(value.offsets(), key.offsets()):
         raise ValueError("value must have the lengths of key, where both are jagged nested tensors")
     longest_q, longest_k = _longest(of_queries), _longest(of_keys)
-    result = attention_varlen(
-        *(tensor for tensor, _ in packed.values()), of_queries, of_keys, longest_q, longest_k, **options
-    )  # fmt: skip
+    q, k, v = (tensor for tensor, _ in packed.values())
+    result = attention_varlen(q, k, v, of_queries, of_keys, longest_q, longest_k, **options)
 
     def nested(values, jagged_dim):
-        return torch.nested.nested_tensor_from_jagged(
-            values, query.offsets(), jagged_dim=jagged_dim, max_seqlen=longest_q
-        )  # fmt: skip
+        return torch.nested.nested_tensor_from_jagged(values, query.offsets(), None, jagged_dim, None, longest_q)
 
-    out = result if isinstance(result, torch.Tensor) else result.out
+    out, entropy, lse = (result, None, None) if isinstance(result, torch.Tensor) else result
     out = nested(out, 1)
     out = out.transpose(1, 2) if layout == "bhnd" else out
     if isinstance(result, torch.Tensor):
         return out
-    return AttentionOutput(out, *(x if x is None else nested(x, 2) for x in result[1:]))
+    return AttentionOutput(out, *(x if x is None else nested(x, 2) for x in (entropy, lse)))
 
 
 def _packed(name: str, tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,8 +43,8 @@ class Keys(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What one head is made of. mask: `masks.MaskRows` or None. scale: a number or [M]. entropy, lse: pointers to the
-    first query's, or None."""
+    """What one head is made of. mask: `masks.MaskRows` or None. scale: a number or [M]. entropy, lse: pointers or None.
+    row: where the head's first query is in both, int64."""
 
     query: rows.Rows
     key: rows.Rows
@@ -54,6 +54,7 @@ class Head(NamedTuple):
     scale: tl.tensor
     entropy: tl.tensor
     lse: tl.tensor
+    row: tl.tensor
 
 
 @triton.jit
@@ -131,10 +132,11 @@ def attend_all(head, tile, query_index, Nq, Nk, C: tl.constexpr):
 
     out, entropy, lse = softmax.results(state, C)
     rows.store(head.out, first, inside, out, VALUE_PIECES, C.value_dim)
+    row = head.row + query_index
     if C.entropy:
-        tl.store(head.entropy + query_index, entropy, mask=inside)
+        tl.store(head.entropy + row, entropy, mask=inside)
     if C.lse:
-        tl.store(head.lse + query_index, lse, mask=inside)
+        tl.store(head.lse + row, lse, mask=inside)
 
 
 @triton.jit(
@@ -188,10 +190,5 @@ def attention_forward(
             scale = tl.load(scale + query_index.to(tl.int64) * stride_sn, mask=query_index < Nq, other=1.0)
         else:
             scale = tl.load(scale)
-    entropy = Entropy
-    if C.entropy:
-        entropy = Entropy + batch_head.to(tl.int64) * Nq
-    lse = Lse
-    if C.lse:
-        lse = Lse + batch_head.to(tl.int64) * Nq
-    attend_all(Head(q_rows, k_rows, v_rows, out_rows, mask, scale, entropy, lse), tile, query_index, Nq, Nk, C)
+    row = batch_head.to(tl.int64) * Nq
+    attend_all(Head(q_rows, k_rows, v_rows, out_rows, mask, scale, Entropy, Lse, row), tile, query_index, Nq, Nk, C)

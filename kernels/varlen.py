@@ -86,11 +86,6 @@ def attention_varlen_forward(
         scale = length_scale(Nk, Scale, Train_entropy, C)
     elif C.scale == "lengths_per_sequence":
         scale = length_scale(Nk, tl.load(Scale + sequence), tl.load(Train_entropy + sequence), C)
-    entropy = Entropy
-    if C.entropy:
-        entropy = Entropy + head * total_q + begin_q
-    lse = Lse
-    if C.lse:
-        lse = Lse + head * total_q + begin_q
-    whole = attention.Head(q_rows, k_rows, v_rows, out_rows, None, scale, entropy, lse)
+    row = head * total_q + begin_q
+    whole = attention.Head(q_rows, k_rows, v_rows, out_rows, None, scale, Entropy, Lse, row)
     attention.attend_all(whole, tile, query_index, Nq, Nk, C)

@@ -315,13 +315,17 @@ def malformed_ends_of_packed_sequences() -> None:
             for longest in (50, 1000):
                 result = attention_varlen(query, key, value, of_queries, of_keys, longest, longest, **BOTH)
                 assert result.out.isfinite().all()
+    short = attention_varlen(query, key, value, good, good, 30, 50)  # 40 and 50 queries, of which 30 count
+    assert (short[30:40] == 0).all()
+    assert (short[70:] == 0).all()
 
 
 @call
 def packed_rows_past_32_bits() -> None:
+    """Strides that 8 does not divide, so that they are in units of one element."""
     p = pack((3, 70, 60), H=1, D=32, dtype=torch.float16, device="cuda")
     near = (p.query, p.key, p.value)
-    far = [far_view(x.shape, 0, 2**32 // 60 // 8 * 8, x.dtype).copy_(x) for x in near]
+    far = [far_view(x.shape, 0, 2**32 // 60 // 8 * 8 + 1, x.dtype).copy_(x) for x in near]
     for i in range(3):
         p.query, p.key, p.value = (far[j] if i == j else near[j] for j in range(3))
         assert_packed(attention_varlen(*p.arguments, **BOTH), p)

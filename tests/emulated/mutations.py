@@ -54,7 +54,7 @@ SOURCE = [
         first="scales past 32 bits",
     ),
     Mutation(
-        "row of entropy in int32", KERNEL, "Entropy + batch_head.to(tl.int64) * Nq", "Entropy + batch_head * Nq",
+        "row of entropy and LSE in int32", KERNEL, "row = batch_head.to(tl.int64) * Nq", "row = batch_head * Nq",
         unseen="It takes B H Nq >= 2^31 rows, which are 8 GiB of entropy and more than 10^7 programs. That is hours of "
         "emulation.",
     ),
@@ -93,8 +93,8 @@ SOURCE = [
     ),
     Mutation("store of rows past the end", ROWS, "mask=inside[:, None] & (column < DIM))", "mask=column < DIM)"),
     Mutation(
-        "store of entropy without a mask", KERNEL, "tl.store(head.entropy + query_index, entropy, mask=inside)",
-        "tl.store(head.entropy + query_index, entropy)",
+        "store of entropy without a mask", KERNEL, "tl.store(head.entropy + row, entropy, mask=inside)",
+        "tl.store(head.entropy + row, entropy)",
     ),
     Mutation(
         "load of scales without a mask", KERNEL, "* stride_sn, mask=query_index < Nq, other=1.0)", "* stride_sn)",
@@ -306,8 +306,8 @@ SOURCE = [
         "no scale below H_T", PACKED, "tl.where(above < 0.0, 0.0, above)", "above", first="packed sequences",
     ),
     Mutation(
-        "entropy of the first sequence's rows", PACKED, "Entropy + head * total_q + begin_q",
-        "Entropy + head * total_q", first="packed sequences",
+        "entropy and LSE of the first sequence's rows", PACKED, "head * total_q + begin_q",
+        "head * total_q", first="packed sequences",
     ),
     Mutation(
         "programs beyond their sequence go on", PACKED, "        return\n    begin_k", "        pass\n    begin_k",
