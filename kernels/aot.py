@@ -123,18 +123,22 @@ def main() -> None:
     parser.add_argument("--mask-dtype", choices=_TYPES, help="of a floating mask (default: that of query)")
     parser.add_argument("--mask-per-query", action="store_true", help="the mask differs from query to query")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="the kernel for packed sequences, with λ from lengths")
     arguments = parser.parse_args()
+    if arguments.packed and arguments.mask != "none":
+        parser.error(f"--packed takes no mask, got --mask {arguments.mask}")
     for architecture, dtype, head_dim, entropy in itertools.product(
         arguments.architecture, arguments.dtype, arguments.head_dim, (False, True)
     ):
         config = configure(
             architecture, dtype, head_dim, entropy=entropy, is_causal=arguments.causal, mask=arguments.mask,
-            mask_per_query=arguments.mask_per_query,
+            mask_per_query=arguments.mask_per_query, scale="lengths" if arguments.packed else "number",
         )  # fmt: skip
+        kernel = compile_config(architecture, dtype, config, arguments.mask_dtype, arguments.packed)
         row: dict[str, Any] = {
             "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entropy": entropy,
             "tile": dataclasses.astuple(config.tile),
-            **dataclasses.asdict(resources(compile_config(architecture, dtype, config, arguments.mask_dtype))),
+            **dataclasses.asdict(resources(kernel)),
             "shared_limit": SHARED_MEMORY[architecture],
         }  # fmt: skip
         print(json.dumps(row), flush=True)
