@@ -21,10 +21,10 @@ LARGEST_FLOAT = int(sys.float_info.max)  # a float here would be a variable to t
 def plain_tensor(name: str, tensor) -> None:
     """Raise unless it is a strided tensor, and of no subclass whose data may not be what it means."""
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_type_of(tensor)}")
+        raise TypeError(f"{name} must be a tensor, got {type_of(tensor)}")
     if not _is_plain(type(tensor)):
         raise TypeError(
-            f"{name} must be a plain torch.Tensor, got {_type_of(tensor)}, whose data may not be what it means"
+            f"{name} must be a plain torch.Tensor, got {type_of(tensor)}, whose data may not be what it means"
         )
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -34,7 +34,7 @@ def plain_tensor(name: str, tensor) -> None:
 def _is_plain(kind: Any) -> bool:
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return True
-    if _module(kind).startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
+    if module_of(kind).startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
         return True
     functions = [getattr(each.__torch_function__, "__func__", None) for each in (kind, torch.Tensor)]
     return functions[0] is functions[1] and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
@@ -42,7 +42,7 @@ def _is_plain(kind: Any) -> bool:
 
 def without_causal_bias(attn_mask, is_causal, query, key):
     """(attn_mask, is_causal) for a mask of `torch.nn.attention.bias`, whose data is not its meaning; else as given."""
-    if not isinstance(attn_mask, torch.Tensor) or not _module(type(attn_mask)).startswith("torch.nn.attention"):
+    if not isinstance(attn_mask, torch.Tensor) or not module_of(type(attn_mask)).startswith("torch.nn.attention"):
         return attn_mask, is_causal
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
@@ -80,7 +80,7 @@ def flag(name: str, value) -> bool:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(f"{name} must be a bool, got {_type_of(value)}")
+    raise TypeError(f"{name} must be a bool, got {type_of(value)}")
 
 
 def integer(name: str, value, kinds: str = "an int"):
@@ -90,7 +90,7 @@ def integer(name: str, value, kinds: str = "an int"):
     if value is None or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {kinds}, got {_type_of(value)}")
+        raise TypeError(f"{name} must be {kinds}, got {type_of(value)}")
     if not -LARGEST_INT <= value <= LARGEST_INT:  # the operator takes 64 bits
         raise ValueError(f"{name} must be {'below 2**63' if value > 0 else 'above -2**63'}, got {value}")
     return value
@@ -101,7 +101,7 @@ def real(name: str, value, kinds: str = "a float"):
     if isinstance(value, (np.floating, np.integer)):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be {kinds}, got {_type_of(value)}")
+        raise TypeError(f"{name} must be {kinds}, got {type_of(value)}")
     if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
         raise ValueError(f"{name} must be finite in float64, got an int of {value.bit_length()} bits")
     return value
@@ -121,12 +121,12 @@ def backend_name(backend) -> str:
     return backend
 
 
-def _type_of(value) -> str:
+def type_of(value) -> str:
     kind = type(value)
-    return kind.__name__ if _module(kind) in ("", "builtins") else f"{_module(kind)}.{kind.__name__}"
+    return kind.__name__ if module_of(kind) in ("", "builtins") else f"{module_of(kind)}.{kind.__name__}"
 
 
-def _module(kind: type) -> str:
+def module_of(kind: type) -> str:
     return getattr(kind, "__module__", "")  # a class made by type() may have none
 
 

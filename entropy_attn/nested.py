@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
-from entropy_attn.checks import integer, real
+from entropy_attn.checks import integer, module_of, real, type_of
 from entropy_attn.output import AttentionOutput
 from entropy_attn.varlen import attention_varlen
 
 
 def is_jagged(tensor) -> bool:
-    return isinstance(tensor, torch.Tensor) and tensor.is_nested and tensor.layout == torch.jagged
+    # By the name of its class: another subclass may not let its attributes be read.
+    if not isinstance(tensor, torch.Tensor) or not module_of(type(tensor)).startswith("torch.nested"):
+        return False
+    return tensor.layout == torch.jagged
 
 
 def attention_jagged(query, key, value, attn_mask, dropout_p, num_tokens, layout, **options: Any):
@@ -53,8 +56,7 @@ def attention_jagged(query, key, value, attn_mask, dropout_p, num_tokens, layout
 def _packed(name: str, tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The data of a jagged tensor as (total, H, D), and where its sequences begin and end."""
     if not is_jagged(tensor):
-        kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
-        raise TypeError(f"{name} must be a jagged nested tensor, as query is, got {kind}")
+        raise TypeError(f"{name} must be a jagged nested tensor, as query is, got {type_of(tensor)}")
     axis = layout.index("n")
     ragged = [i for i, n in enumerate(tensor.shape) if isinstance(n, torch.SymInt)]
     if tensor.dim() != 4 or ragged != [axis]:

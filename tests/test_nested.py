@@ -70,10 +70,16 @@ def changed(**changes):
     return dict(zip(("query", "key", "value"), nested, strict=True)) | {"enable_gqa": True} | changes
 
 
+def strided(*tensors):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor(list(tensors))
+
+
 OTHER = jagged(torch.zeros(83, 2, 24), (9, 71, 3, 0), "bhnd")
 ERRORS = {
     "a dense key": (dict(key=torch.zeros(4, 2, 9, 16)), TypeError, "key must be a jagged nested tensor, as query"),
-    "no tensor": (dict(value=[1.0]), TypeError, "value must be a jagged nested tensor, as query is, got builtins.list"),
+    "no tensor": (dict(value=[1.0]), TypeError, "value must be a jagged nested tensor, as query is, got list"),
     "heads ragged": (dict(layout="bnhd"), TypeError, r"query must be .* axis 1 is ragged, got .* \[2\]"),
     "3 axes": (dict(query=jagged(torch.zeros(8, 16), (3, 5), "bnhd")), TypeError, "query must be .*3 axes"),
     "holes": (dict(query=with_holes()), TypeError, "query must be .* without holes .*attention_varlen"),
@@ -86,7 +92,7 @@ ERRORS = {
     "dropout": (dict(dropout_p=0.1), ValueError, "dropout_p must be 0, got 0.1"),
     "layout": (dict(layout="hbnd"), ValueError, "layout must be 'bhnd' or 'bnhd'"),
     "strided nested": (
-        dict(query=torch.nested.nested_tensor([torch.zeros(4, 5, 16)])), TypeError, "query must be a strided .* nested"
+        dict(query=strided(torch.zeros(4, 5, 16))), TypeError, "query must be a strided .* nested"
     ),
 }  # fmt: skip
 
