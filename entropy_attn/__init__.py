@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from entropy_attn.attention import AttentionOutput, attention
+from entropy_attn.attention import attention
 from entropy_attn.explain import Explanation, explain
+from entropy_attn.output import AttentionOutput
 from entropy_attn.scale import entropy_scale
+from entropy_attn.varlen import attention_varlen
 
 if TYPE_CHECKING:
     from entropy_attn.diffusers.calibrating import calibrate
@@ -14,6 +16,7 @@ __all__ = [
     "AttentionOutput",
     "Explanation",
     "attention",
+    "attention_varlen",
     "calibrate",
     "disable",
     "enable",

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from entropy_attn import checks, op  # noqa: F401 (op registers the operator)
-
-
-class AttentionOutput(NamedTuple):
-    """What `attention` returns when asked for more than the output; what was not asked for is None."""
-
-    out: torch.Tensor
-    entropy: torch.Tensor | None
-    lse: torch.Tensor | None
+from entropy_attn import checks, nested, op  # noqa: F401 (op registers the operator)
+from entropy_attn.output import AttentionOutput, answer
 
 
 def attention(
@@ -68,6 +59,11 @@ def attention(
         backend: "auto" (the Triton kernel on a GPU, "cpu" on the CPU), "triton", "cpu", or "reference" (textbook in
             float64, any device, O(Nq * Nk) memory). `explain` tells which one runs a call and why.
 
+    Query, key and value may be jagged nested tensors (`torch.nested`, layout=torch.jagged) whose N is the ragged axis,
+    as SDPA has them: from (B, N, H, D) by transpose(1, 2), or without it in layout "bnhd". The call goes to
+    `attention_varlen`, λ of each sequence is from its own number of keys, and what is returned is jagged too. The
+    lengths of the sequences are read, which waits for the device: in a CUDA graph use `attention_varlen`.
+
     Under `torch.autocast` query, key, value and a floating mask are cast as for SDPA; λ, entropy and lse are not.
 
     Returns:
@@ -79,12 +75,18 @@ def attention(
         output, even if its rows hold NaN.
 
     Raises:
-        TypeError: an argument of a wrong type; a tensor that is nested, sparse, or of a subclass whose data may not be
-            what it means.
+        TypeError: an argument of a wrong type; a tensor that is nested in another way, sparse, or of a subclass whose
+            data may not be what it means.
         ValueError: shapes, dtypes, devices or values that do not fit, named in the message; an input that requires
             grad while grad mode is on, or has a forward-mode tangent; N or T below 2 with `train_tokens`; a backend
             that cannot run the call.
     """
+    if nested.is_jagged(query):
+        return nested.attention_jagged(
+            query, key, value, attn_mask, dropout_p, num_tokens, layout, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa, train_tokens=train_tokens, train_entropy=train_entropy,
+            return_entropy=return_entropy, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     arguments = checks.operator_arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, train_tokens, train_entropy, num_tokens,
         layout, return_entropy, return_lse, backend,
@@ -92,6 +94,4 @@ def attention(
     out, entropy, lse = torch.ops.entropy_attn.attention(*arguments)
     if layout == "bnhd":
         out = out.transpose(1, 2)
-    if not (return_entropy or return_lse):
-        return out
-    return AttentionOutput(out, entropy if return_entropy else None, lse if return_lse else None)
+    return answer(out, entropy, lse, return_entropy, return_lse)

@@ -21,10 +21,10 @@ LARGEST_FLOAT = int(sys.float_info.max)  # a float here would be a variable to t
 def plain_tensor(name: str, tensor) -> None:
     """Raise unless it is a strided tensor, and of no subclass whose data may not be what it means."""
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_type_of(tensor)}")
+        raise TypeError(f"{name} must be a tensor, got {type_of(tensor)}")
     if not _is_plain(type(tensor)):
         raise TypeError(
-            f"{name} must be a plain torch.Tensor, got {_type_of(tensor)}, whose data may not be what it means"
+            f"{name} must be a plain torch.Tensor, got {type_of(tensor)}, whose data may not be what it means"
         )
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -34,7 +34,7 @@ def plain_tensor(name: str, tensor) -> None:
 def _is_plain(kind: Any) -> bool:
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return True
-    if _module(kind).startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
+    if module_of(kind).startswith("torch._subclasses."):  # what torch.compile and torch.export trace with
         return True
     functions = [getattr(each.__torch_function__, "__func__", None) for each in (kind, torch.Tensor)]
     return functions[0] is functions[1] and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
@@ -42,7 +42,7 @@ def _is_plain(kind: Any) -> bool:
 
 def without_causal_bias(attn_mask, is_causal, query, key):
     """(attn_mask, is_causal) for a mask of `torch.nn.attention.bias`, whose data is not its meaning; else as given."""
-    if not isinstance(attn_mask, torch.Tensor) or not _module(type(attn_mask)).startswith("torch.nn.attention"):
+    if not isinstance(attn_mask, torch.Tensor) or not module_of(type(attn_mask)).startswith("torch.nn.attention"):
         return attn_mask, is_causal
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
@@ -80,7 +80,7 @@ def flag(name: str, value) -> bool:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
-    raise TypeError(f"{name} must be a bool, got {_type_of(value)}")
+    raise TypeError(f"{name} must be a bool, got {type_of(value)}")
 
 
 def integer(name: str, value, kinds: str = "an int"):
@@ -90,7 +90,7 @@ def integer(name: str, value, kinds: str = "an int"):
     if value is None or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {kinds}, got {_type_of(value)}")
+        raise TypeError(f"{name} must be {kinds}, got {type_of(value)}")
     if not -LARGEST_INT <= value <= LARGEST_INT:  # the operator takes 64 bits
         raise ValueError(f"{name} must be {'below 2**63' if value > 0 else 'above -2**63'}, got {value}")
     return value
@@ -101,18 +101,32 @@ def real(name: str, value, kinds: str = "a float"):
     if isinstance(value, (np.floating, np.integer)):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be {kinds}, got {_type_of(value)}")
+        raise TypeError(f"{name} must be {kinds}, got {type_of(value)}")
     if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
         raise ValueError(f"{name} must be finite in float64, got an int of {value.bit_length()} bits")
     return value
 
 
-def _type_of(value) -> str:
+def scale_number(scale):
+    """`scale` as a number that the kernel can multiply by log2(e)."""
+    scale = real("scale", scale, "a float or a tensor")
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"scale must be finite (at most {LARGEST_SCALE:.4g} in magnitude), got {scale}")
+    return scale
+
+
+def backend_name(backend) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def type_of(value) -> str:
     kind = type(value)
-    return kind.__name__ if _module(kind) in ("", "builtins") else f"{_module(kind)}.{kind.__name__}"
+    return kind.__name__ if module_of(kind) in ("", "builtins") else f"{module_of(kind)}.{kind.__name__}"
 
 
-def _module(kind: type) -> str:
+def module_of(kind: type) -> str:
     return getattr(kind, "__module__", "")  # a class made by type() may have none
 
 
@@ -125,13 +139,12 @@ def operator_arguments(
     is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
     return_entropy, return_lse = flag("return_entropy", return_entropy), flag("return_lse", return_lse)
     attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query, key)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    backend = backend_name(backend)
     if real("dropout_p", dropout_p) != 0:
         raise ValueError(f"dropout_p must be 0, got {dropout_p}: this is attention for inference")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask cannot be given together: put the causal part into attn_mask")
-    _check_dtypes(query, key, value)
+    check_dtypes(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(attn_mask, query, key)
@@ -148,9 +161,7 @@ def operator_arguments(
         _check_scale_tensor(scale, query)
         scale_tensor, scale = scale, None
     elif scale is not None:
-        scale = real("scale", scale, "a float or a tensor")
-        if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
-            raise ValueError(f"scale must be finite (at most {LARGEST_SCALE:.4g} in magnitude), got {scale}")
+        scale = scale_number(scale)
     if torch.is_grad_enabled():
         refuse_grad(query=query, key=key, value=value, attn_mask=attn_mask, scale=scale_tensor)
     return (
@@ -169,16 +180,15 @@ def dtype_of(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _check_dtypes(query, key, value) -> None:
-    dtype, device = dtype_of(query), query.device
+def check_dtypes(query, key, value) -> None:
+    dtype = dtype_of(query)
     if dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"query must be of {allowed}, got {dtype}")
     for name, tensor in (("key", key), ("value", value)):
         if dtype_of(tensor) != dtype:
             raise ValueError(f"{name} must have the dtype of query, {dtype}, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
+        check_device(name, tensor, query)
 
 
 def _check_shapes(query, key, value, enable_gqa) -> None:
@@ -196,6 +206,10 @@ def _check_shapes(query, key, value, enable_gqa) -> None:
         raise ValueError(f"key must have the head dim of query, {D}, got {Dk}")
     if Hv != Hkv or Nv != Nk:
         raise ValueError(f"value must have the heads and tokens of key, {Hkv} and {Nk}, got {Hv} and {Nv}")
+    check_heads(H, Hkv, enable_gqa)
+
+
+def check_heads(H, Hkv, enable_gqa) -> None:
     if Hkv == H:
         return
     if not enable_gqa:
@@ -209,8 +223,7 @@ def _check_mask(attn_mask, query, key) -> None:
     dtype, mask_dtype = dtype_of(query), dtype_of(attn_mask)
     if mask_dtype not in (torch.bool, torch.float32, dtype):
         raise ValueError(f"attn_mask must be of torch.bool, torch.float32 or {dtype}, got {attn_mask.dtype}")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
+    check_device("attn_mask", attn_mask, query)
     B, H, Nq, _ = query.shape
     Nk = key.shape[2]
     given = tuple(attn_mask.shape)
@@ -235,12 +248,20 @@ def _check_rule(scale, train_tokens, train_entropy, num_tokens) -> None:
         raise ValueError("scale and train_tokens cannot be given together: each decides the scale")
 
 
-def _check_scale_tensor(scale, query) -> None:
+def check_scale_dtype(scale, query) -> None:
     plain_tensor("scale", scale)
     if scale.dtype != torch.float32 and not scale.dtype == query.dtype == torch.float64:
         raise ValueError(f"scale must be a float32 tensor (or float64 with float64 query), got {scale.dtype}")
-    if scale.device != query.device:
-        raise ValueError(f"scale must be on the device of query, {query.device}, got {scale.device}")
+    check_device("scale", scale, query)
+
+
+def check_device(name: str, tensor, query) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+
+
+def _check_scale_tensor(scale, query) -> None:
+    check_scale_dtype(scale, query)
     B, H, Nq, _ = query.shape
     if tuple(scale.shape) not in ((), (B,), (B, H), (B, H, Nq)):
         raise ValueError(
@@ -253,8 +274,7 @@ def _check_num_tokens_tensor(num_tokens, query) -> None:
     plain_tensor("num_tokens", num_tokens)
     if num_tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"num_tokens must be an int, or an int32 or int64 tensor, got {num_tokens.dtype}")
-    if num_tokens.device != query.device:
-        raise ValueError(f"num_tokens must be on the device of query, {query.device}, got {num_tokens.device}")
+    check_device("num_tokens", num_tokens, query)
     if tuple(num_tokens.shape) != (query.shape[0],):
         raise ValueError(f"num_tokens must have shape (B,) = ({query.shape[0]},), got {tuple(num_tokens.shape)}")
 

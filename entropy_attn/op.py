@@ -1,20 +1,21 @@
-"""``torch.ops.entropy_attn.attention``: the operator behind `attention`.
+"""``torch.ops.entropy_attn.attention`` and ``attention_varlen``: the operators behind the public functions.
 
-The operator takes N and T and computes λ when it runs. A compiled graph therefore holds integers, which torch.compile
+The operators take N and T and compute λ when they run. A compiled graph therefore holds integers, which torch.compile
 makes symbolic, and one graph serves every size. A float λ would recompile for each size.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from entropy_attn import checks
-from entropy_attn.backends import load, new_outputs
-from entropy_attn.scale import entropy_scale, tensor_scale
+from entropy_attn import checks, checks_varlen
+from entropy_attn.backends import Packed, load, new_outputs, new_varlen_outputs
+from entropy_attn.scale import LengthRule, entropy_scale, tensor_scale
 
 
 def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) -> float:
@@ -65,7 +66,7 @@ def _attention(
     resolved = scale_as_tensor(query, scale_tensor, train_tokens, train_entropy, num_tokens_tensor)
     if resolved is None:
         resolved = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
-    run = load(query, value, backend)
+    run = load(query, value, backend).forward
     return _tensors(query, run(query, key, value, attn_mask, resolved, is_causal, return_entropy, return_lse))
 
 
@@ -79,41 +80,100 @@ def _fake(query, key, value, attn_mask, scale_tensor, *rest):
     return _tensors(query, new_outputs(query, value, return_entropy, return_lse))
 
 
-def _refuse_derivatives(keyset, query, key, value, attn_mask, scale_tensor, *rest):
-    """The kernel for the Autograd keys: raises where a backward- or forward-mode derivative is asked for."""
-    inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "scale": scale_tensor}
-    if torch.is_grad_enabled():
-        checks.refuse_grad(**inputs)
-    for name, tensor in inputs.items():
-        if tensor is not None and unpack_dual(tensor).tangent is not None:
-            raise checks.no_derivative(name, "has a tangent (torch.func.jvp, forward-mode derivatives)")
-    with torch.no_grad():
-        below = keyset.remove(keyset.highestPriorityTypeId())
-        return torch.ops.entropy_attn.attention.default.redispatch(
-            below, query, key, value, attn_mask, scale_tensor, *rest
+def _attention_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale_tensor: torch.Tensor | None,
+    train_tokens_tensor: torch.Tensor | None,
+    train_entropy_tensor: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None,
+    train_tokens: int | None,
+    train_entropy: float,
+    is_causal: bool,
+    check: bool,
+    return_entropy: bool,
+    return_lse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, entropy and lse from the arguments that `checks_varlen.operator_arguments` returns, in this order.
+
+    The operator's schema is this signature.
+    """
+    packed = Packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if check or cu_seqlens_q.device.type == "cpu":
+        checks_varlen.check_lengths(packed)
+    resolved: float | torch.Tensor | LengthRule
+    if train_tokens is not None or train_tokens_tensor is not None:
+        resolved = LengthRule(
+            train_tokens if train_tokens_tensor is None else train_tokens_tensor,  # type: ignore[arg-type]
+            train_entropy if train_entropy_tensor is None else train_entropy_tensor,
         )
+        resolved.check()
+    elif scale_tensor is not None:
+        if scale_tensor.dim() == 1:
+            scale_tensor = scale_tensor.unsqueeze(-1)
+        resolved = scale_tensor.expand(cu_seqlens_q.shape[0] - 1, query.shape[1])
+    else:
+        resolved = 1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale)
+    run = load(query, value, backend).forward_varlen
+    return _tensors(query, run(packed, resolved, is_causal, return_entropy, return_lse))
 
 
-def _autocast(device_type: str):
-    """The kernel for an Autocast key: as for SDPA, floating inputs but float64 are cast. λ stays in float32."""
+def _fake_varlen(query, key, value, *rest):
+    *_, return_entropy, return_lse, _ = rest
+    return _tensors(query, new_varlen_outputs(query, value, return_entropy, return_lse))
 
-    def cast(tensor):
-        return tensor if tensor is None else tensor.to(checks.dtype_of(tensor))
 
-    def operator(query, key, value, attn_mask, *rest):
-        inputs = [cast(tensor) for tensor in (query, key, value, attn_mask)]
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.entropy_attn.attention(*inputs, *rest)
+def _register(name: str, function, fake, cast: tuple[str, ...], differentiable: tuple[str, ...]) -> None:
+    """Define an operator whose schema is the signature of `function`. `cast`: the inputs that autocast casts.
+    `differentiable`: those of which a derivative is refused."""
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.entropy_attn, name).default
+    place = {name: i for i, name in enumerate(inspect.signature(function).parameters)}
 
-    return operator
+    def refuse_derivatives(keyset, *arguments):
+        """The kernel for the Autograd keys: raises where a backward- or forward-mode derivative is asked for."""
+        inputs = {name.removesuffix("_tensor"): arguments[place[name]] for name in differentiable}
+        if torch.is_grad_enabled():
+            checks.refuse_grad(**inputs)
+        for name, tensor in inputs.items():
+            if tensor is not None and unpack_dual(tensor).tangent is not None:
+                raise checks.no_derivative(name, "has a tangent (torch.func.jvp, forward-mode derivatives)")
+        with torch.no_grad():
+            return operator.redispatch(keyset.remove(keyset.highestPriorityTypeId()), *arguments)
+
+    def autocast(device_type: str):
+        """The kernel for an Autocast key: as for SDPA, floating inputs but float64 are cast. λ stays in float32."""
+
+        def run(*arguments):
+            given = list(arguments)
+            for name in cast:
+                tensor = given[place[name]]
+                given[place[name]] = tensor if tensor is None else tensor.to(checks.dtype_of(tensor))
+            with torch.autocast(device_type, enabled=False):
+                return operator(*given)
+
+        return run
+
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, refuse_derivatives, "Autograd", with_keyset=True)
+    _library.impl(name, autocast("cpu"), "AutocastCPU")
+    _library.impl(name, autocast("cuda"), "AutocastCUDA")
+    torch.library.register_fake(f"entropy_attn::{name}", fake, lib=_library)
 
 
 _library = torch.library.Library("entropy_attn", "DEF")
-_library.define(
-    "attention" + torch.library.infer_schema(_attention, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
-)
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
-_library.impl("attention", _refuse_derivatives, "Autograd", with_keyset=True)
-_library.impl("attention", _autocast("cpu"), "AutocastCPU")
-_library.impl("attention", _autocast("cuda"), "AutocastCUDA")
-torch.library.register_fake("entropy_attn::attention", _fake, lib=_library)
+_INPUTS = ("query", "key", "value")
+_register(
+    "attention", _attention, _fake,
+    cast=(*_INPUTS, "attn_mask"), differentiable=(*_INPUTS, "attn_mask", "scale_tensor"),
+)  # fmt: skip
+_register(
+    "attention_varlen", _attention_varlen, _fake_varlen,
+    cast=_INPUTS, differentiable=(*_INPUTS, "scale_tensor", "train_entropy_tensor"),
+)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 
@@ -86,6 +86,39 @@ def entropy_ratio(num_tokens, train_tokens, train_entropy, dtype=torch.float32):
 
 def _log(number, dtype):
     return number.to(dtype).log() if isinstance(number, torch.Tensor) else math.log(number)
+
+
+class LengthRule(NamedTuple):
+    """The rule of `entropy_scale` for packed sequences, each of its own N. Each field is a number or a tensor (S,)."""
+
+    train_tokens: int | torch.Tensor
+    train_entropy: float | torch.Tensor
+
+    def check(self) -> None:
+        """Raise for a number out of its range. Elements of tensors are not looked at."""
+        numbers = {} if isinstance(self.train_tokens, torch.Tensor) else {"train_tokens": self.train_tokens}
+        for name, number in numbers.items():
+            _check_int(name, number, at_least=2)
+        if not isinstance(self.train_entropy, torch.Tensor):
+            _check_train_entropy(self.train_entropy, numbers)
+
+    def scales(self, lengths: list[int], head_dim: int) -> list[float]:
+        """λ of sequences of these numbers of keys. Reads the tensors."""
+        numbers = [
+            x.tolist() if isinstance(x, torch.Tensor) else [x] * len(lengths)
+            for x in (self.train_tokens, self.train_entropy)
+        ]
+        return [length_scale(n, t, head_dim, h) for n, t, h in zip(lengths, *numbers, strict=True)]
+
+
+def length_scale(num_tokens: int, train_tokens: int, head_dim: int, train_entropy: float) -> float:
+    """`entropy_scale` for any N, 0 and 1 included: λ is 0 where ln N is at most H_T. Where T or H_T is out of its
+    range, λ is NaN."""
+    if train_tokens < 2 or not 0 <= train_entropy < math.log(train_tokens):
+        return math.nan
+    if num_tokens < 2 or math.log(num_tokens) <= train_entropy:
+        return 0.0
+    return entropy_scale(num_tokens, train_tokens, head_dim, train_entropy)
 
 
 def _check_int(name: str, value: object, at_least: int) -> None:

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from .attention import attention_forward
 from .config import Config, configure
 from .tiles import HEAD_DIMS
+from .varlen import attention_varlen_forward
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # Bytes of shared memory one program may have (CUDA C Programming Guide, table of technical specifications; RDNA3 and
@@ -49,29 +50,39 @@ def compile_kernel(
     return compile_config(architecture, dtype, configure(architecture, dtype, head_dim, value_dim, **options))
 
 
-def compile_config(architecture: str, dtype: str, config: Config, mask_dtype: str | None = None) -> CompiledKernel:
+def compile_config(
+    architecture: str, dtype: str, config: Config, mask_dtype: str | None = None, packed: bool = False
+) -> CompiledKernel:
     """The binary that a launch with this configuration runs, for tensors aligned to 16 bytes and a mask contiguous in
-    its keys. mask_dtype: of a floating mask, by default `dtype`."""
+    its keys. mask_dtype: of a floating mask, by default `dtype`. packed: the kernel for packed sequences."""
+    kernel = attention_varlen_forward if packed else attention_forward
     element = _TYPES[dtype]
     pointees = {
         "Q": element, "K": element, "V": element, "Out": element,
-        "Mask": {"none": None, "boolean": "u8", "floating": _TYPES[mask_dtype or dtype]}[config.mask],
         "Entropy": "fp32" if config.entropy else None,
         "Lse": "fp32" if config.lse else None,
-    } | ({"Scale": "fp32"} if config.scale != "number" else {})  # fmt: skip
+    }  # fmt: skip
+    if packed:
+        pointees |= {"Cu_seqlens_q": "i32", "Cu_seqlens_k": "i32"}
+        if config.scale != "lengths":
+            pointees["Train_entropy"] = "fp32" if config.scale == "lengths_per_sequence" else None
+    else:
+        pointees["Mask"] = {"none": None, "boolean": "u8", "floating": _TYPES[mask_dtype or dtype]}[config.mask]
+    if config.scale not in ("number", "lengths"):
+        pointees["Scale"] = "fp32"
     constants: dict[str, Any] = {name: None for name, pointee in pointees.items() if pointee is None} | {"C": config}
     if config.mask != "none":
         constants["stride_mn"] = 1
     signature, attributes = {}, {}
-    for index, name in enumerate(attention_forward.arg_names):
+    for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in pointees:
             signature[name] = f"*{pointees[name]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "Scale" else "i32"
-    source = ASTSource(attention_forward, signature, constants, attributes)
+            signature[name] = "fp32" if name in ("Scale", "Train_entropy") else "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=_target(architecture), options=config.launch_options)
 
 
@@ -112,18 +123,22 @@ def main() -> None:
     parser.add_argument("--mask-dtype", choices=_TYPES, help="of a floating mask (default: that of query)")
     parser.add_argument("--mask-per-query", action="store_true", help="the mask differs from query to query")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="the kernel for packed sequences, with λ from lengths")
     arguments = parser.parse_args()
+    if arguments.packed and arguments.mask != "none":
+        parser.error(f"--packed takes no mask, got --mask {arguments.mask}")
     for architecture, dtype, head_dim, entropy in itertools.product(
         arguments.architecture, arguments.dtype, arguments.head_dim, (False, True)
     ):
         config = configure(
             architecture, dtype, head_dim, entropy=entropy, is_causal=arguments.causal, mask=arguments.mask,
-            mask_per_query=arguments.mask_per_query,
+            mask_per_query=arguments.mask_per_query, scale="lengths" if arguments.packed else "number",
         )  # fmt: skip
+        kernel = compile_config(architecture, dtype, config, arguments.mask_dtype, arguments.packed)
         row: dict[str, Any] = {
             "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entropy": entropy,
             "tile": dataclasses.astuple(config.tile),
-            **dataclasses.asdict(resources(compile_config(architecture, dtype, config, arguments.mask_dtype))),
+            **dataclasses.asdict(resources(kernel)),
             "shared_limit": SHARED_MEMORY[architecture],
         }  # fmt: skip
         print(json.dumps(row), flush=True)

@@ -7,6 +7,9 @@ One program holds BLOCK_M queries of one head:
     edge loop     the other blocks: the last keys, the causal diagonal, the ends of a mask
     epilogue      store the output, the entropy and the log-sum-exp of its rows
 
+`attention_forward` is the kernel for sequences of one length; varlen.py has the kernel for packed sequences. Each finds
+the rows of its program's head; `attend_all` is the rest of both.
+
 Both loops fold blocks of keys into the running softmax (softmax.py). rows.py loads and stores tiles; a tile is a tuple
 of one tensor for each piece of the head dim. config.py has all that is fixed when the kernel is compiled.
 In shape comments M are the queries of the program, N the keys of a block, D and Dv the head dims of key and value.
@@ -37,6 +40,21 @@ class Keys(NamedTuple):
     value: rows.Rows
     mask: masks.MaskRows
     end: tl.tensor
+
+
+class Head(NamedTuple):
+    """What one head is made of. mask: `masks.MaskRows` or None. scale: a number or [M]. entropy, lse: pointers or None.
+    row: where the head's first query is in both, int64."""
+
+    query: rows.Rows
+    key: rows.Rows
+    value: rows.Rows
+    out: rows.Rows
+    mask: masks.MaskRows | None
+    scale: tl.tensor
+    entropy: tl.tensor
+    lse: tl.tensor
+    row: tl.tensor
 
 
 @triton.jit
@@ -73,6 +91,54 @@ def attend(queries, keys, start, state, scale, C: tl.constexpr, EDGE: tl.constex
     return softmax.accumulate(state, p, v, C)
 
 
+@triton.jit
+def attend_all(head, tile, query_index, Nq, Nk, C: tl.constexpr):
+    """Tile number `tile` of the queries of a `Head`, `query_index` [M], against its Nk keys: computes and stores."""
+    M: tl.constexpr = C.tile.block_m
+    N: tl.constexpr = C.tile.block_n
+    KEY_PIECES: tl.constexpr = C.key_pieces
+    VALUE_PIECES: tl.constexpr = C.value_pieces
+    first = tile * M
+    inside = query_index < Nq
+
+    sign = tl.where(head.scale < 0, -1.0, 1.0)
+    # Positive: the maximum of s * scale is max(s) * scale.
+    scale = tl.where(head.scale == 0.0, SMALLEST, tl.abs(head.scale))
+    if C.mask != "floating":
+        scale *= softmax.LOG2E
+    q = rows.load(head.query, first, inside, True, KEY_PIECES, C.head_dim)
+    signed = ()
+    for i in tl.static_range(len(q)):
+        signed = signed + ((q[i].to(tl.float32) * softmax.column(sign, C)).to(q[i].dtype),)
+    queries = Queries(signed, query_index)
+    visible = masks.visible_keys(head.mask, tile, Nq, Nk, C)
+
+    # The main loop counts from 0 and its rows begin at full_begin: a loop that begins at a number the compiler knows
+    # nothing of is not software-pipelined. A mask per query has full_begin = 0.
+    k_rows, v_rows = rows.skip(head.key, visible.full_begin), rows.skip(head.value, visible.full_begin)
+    keys = Keys(k_rows, v_rows, head.mask, visible.end)
+    state = softmax.empty(-softmax.LARGE, C)
+    for start in range(0, visible.full_end - visible.full_begin, N):
+        state = attend(queries, keys, start, state, scale, C, False)
+
+    # Logits beyond 2^26 are rare: their rows take all keys in the edge loop. Its clamp in the main loop would cost 3
+    # to 11 % (modelled by benchmarks/model, whose largest error is 8 %).
+    again, state = softmax.begin_again(state, C)
+    full_keys = tl.where(again, 0, visible.full_end - visible.full_begin)
+    keys = Keys(head.key, head.value, head.mask, visible.end)
+    for block in tl.range(visible.begin, visible.end - full_keys, N, num_stages=1):
+        start = block + tl.where(block >= visible.full_begin, full_keys, 0)
+        state = attend(queries, keys, start, state, scale, C, True)
+
+    out, entropy, lse = softmax.results(state, C)
+    rows.store(head.out, first, inside, out, VALUE_PIECES, C.value_dim)
+    row = head.row + query_index
+    if C.entropy:
+        tl.store(head.entropy + row, entropy, mask=inside)
+    if C.lse:
+        tl.store(head.lse + row, lse, mask=inside)
+
+
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
@@ -97,8 +163,6 @@ def attention_forward(
     """
     M: tl.constexpr = C.tile.block_m
     N: tl.constexpr = C.tile.block_n
-    KEY_PIECES: tl.constexpr = C.key_pieces
-    VALUE_PIECES: tl.constexpr = C.value_pieces
     tiles = tl.cdiv(Nq, M)
     tile = tl.program_id(0) % tiles
     if C.is_causal:
@@ -108,9 +172,7 @@ def attention_forward(
     head = batch_head % H
     key_head = (head // (H // Hkv)).to(tl.int64)
     head = head.to(tl.int64)
-    first = tile.to(tl.int64) * M
     query_index = tile * M + tl.arange(0, M)
-    inside = query_index < Nq
 
     q_rows = rows.rows_at(Q + (batch * stride_qb + head * stride_qh) * C.row_unit, stride_qn, M, C)
     k_rows = rows.rows_at(K + (batch * stride_kb + key_head * stride_kh) * C.row_unit, stride_kn, N, C)
@@ -119,46 +181,14 @@ def attention_forward(
     mask = None
     if C.mask != "none":
         mask = Mask + (batch * stride_mb + head * stride_mh) * C.mask_unit
-        mask = masks.mask_rows(mask, stride_mm, stride_mn, first, Nq, C)
+        mask = masks.mask_rows(mask, stride_mm, stride_mn, tile.to(tl.int64) * M, Nq, C)
 
     scale = Scale
     if C.scale != "number":
         scale = Scale + batch * stride_sb + head * stride_sh
         if C.scale == "per_query":  # [M]
-            scale = tl.load(scale + query_index.to(tl.int64) * stride_sn, mask=inside, other=1.0)
+            scale = tl.load(scale + query_index.to(tl.int64) * stride_sn, mask=query_index < Nq, other=1.0)
         else:
             scale = tl.load(scale)
-    sign = tl.where(scale < 0, -1.0, 1.0)
-    scale = tl.where(scale == 0.0, SMALLEST, tl.abs(scale))  # positive: the maximum of s * scale is max(s) * scale
-    if C.mask != "floating":
-        scale *= softmax.LOG2E
-    q = rows.load(q_rows, first, inside, True, KEY_PIECES, C.head_dim)
-    signed = ()
-    for i in tl.static_range(len(q)):
-        signed = signed + ((q[i].to(tl.float32) * softmax.column(sign, C)).to(q[i].dtype),)
-    queries = Queries(signed, query_index)
-    visible = masks.visible_keys(mask, tile, Nq, Nk, C)
-
-    # The main loop counts from 0 and its rows begin at full_begin: a loop that begins at a number the compiler knows
-    # nothing of is not software-pipelined. A mask per query has full_begin = 0.
-    keys = Keys(rows.skip(k_rows, visible.full_begin), rows.skip(v_rows, visible.full_begin), mask, visible.end)
-    state = softmax.empty(-softmax.LARGE, C)
-    for start in range(0, visible.full_end - visible.full_begin, N):
-        state = attend(queries, keys, start, state, scale, C, False)
-
-    # Logits beyond 2^26 are rare: their rows take all keys in the edge loop. Its clamp in the main loop would cost 3
-    # to 11 % (modelled by benchmarks/model, whose largest error is 8 %).
-    again, state = softmax.begin_again(state, C)
-    full_keys = tl.where(again, 0, visible.full_end - visible.full_begin)
-    keys = Keys(k_rows, v_rows, mask, visible.end)
-    for block in tl.range(visible.begin, visible.end - full_keys, N, num_stages=1):
-        start = block + tl.where(block >= visible.full_begin, full_keys, 0)
-        state = attend(queries, keys, start, state, scale, C, True)
-
-    out, entropy, lse = softmax.results(state, C)
-    rows.store(out_rows, first, inside, out, VALUE_PIECES, C.value_dim)
-    row = batch_head.to(tl.int64) * Nq + query_index
-    if C.entropy:
-        tl.store(Entropy + row, entropy, mask=inside)
-    if C.lse:
-        tl.store(Lse + row, lse, mask=inside)
+    row = batch_head.to(tl.int64) * Nq
+    attend_all(Head(q_rows, k_rows, v_rows, out_rows, mask, scale, Entropy, Lse, row), tile, query_index, Nq, Nk, C)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from packed import assert_packed, cu_seqlens, pack, scales
 from support import Case, assert_attends, assert_close, assert_within, make_inputs, pairwise_cases, plain_inputs, truth
 
-from entropy_attn import attention, entropy_scale, explain
+from entropy_attn import attention, attention_varlen, entropy_scale, explain
 
 pytestmark = pytest.mark.gpu
 
@@ -44,6 +45,58 @@ def test_graph_capture_and_replay_with_a_tensor_scale():
         scale.fill_(entropy_scale(N, 512, 64))
         graph.replay()
         assert_attends(captured, *inputs, scale=float(scale))
+
+
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_packed_sequences(dtype, is_causal, head_dim):
+    p = pack((70, 0, 150, 1), (30, 3, 150, 200), 4, 2, head_dim, dtype=dtype, device="cuda", spare=5)
+    options = {"is_causal": is_causal, "enable_gqa": True, "return_entropy": True, "return_lse": True}
+    for T, H_T in ((None, 0.0), (64, 1.5), ([64, 9, 300, 20], [0.0, 0.5, 1.5, 0.2])):
+        tensor = isinstance(T, list)
+        given = {"train_tokens": T, "train_entropy": H_T}
+        given = {name: torch.tensor(x, device="cuda") if tensor else x for name, x in given.items()}
+        assert_packed(attention_varlen(*p.arguments, **given, **options), p, scales(p, T, H_T), is_causal)
+    scale = torch.linspace(-0.2, 0.3, 16, device="cuda").view(4, 4)
+    assert_packed(attention_varlen(*p.arguments, scale=scale, **options), p, scale.cpu().double(), is_causal)
+
+
+def test_graph_of_packed_sequences_serves_other_lengths():
+    options = {"train_tokens": 64, "return_entropy": True, "return_lse": True}
+    total, longest = 160, 150
+    p = pack((80, 20, 60), D=64, dtype=torch.float16, device="cuda")
+    ends = cu_seqlens(p.lengths_q, "cuda")
+    call = (p.query, p.key, p.value, ends, ends, longest, longest)
+    attention_varlen(*call, **options)  # compile before the capture
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            captured = attention_varlen(*call, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for lengths in ((80, 20, 60), (0, 150, 10), (33, 0, 64), (1, 2, 3)):
+        ends.copy_(cu_seqlens(lengths))
+        graph.replay()
+        p.lengths_q = p.lengths_k = lengths
+        assert sum(lengths) <= total
+        assert_packed(captured, p, scales(p, 64))
+
+
+def test_malformed_ends_of_packed_sequences_stay_inside_the_tensors():
+    p = pack((40, 50), H=1, D=64, dtype=torch.float16, device="cuda")
+    q, k, v, good, *_ = p.arguments
+    for ends in ((-500, 30, 2000), (90, 20, 70), (0, 2**31 - 1, -(2**31)), (0, 10**6, 10**9)):
+        bad = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        for of_queries, of_keys in ((bad, good), (good, bad), (bad, bad)):
+            for longest in (50, 1000):
+                result = attention_varlen(q, k, v, of_queries, of_keys, longest, longest, return_entropy=True)
+                assert result.out.isfinite().all()
+        with pytest.raises(ValueError, match="cu_seqlens_k must"):
+            attention_varlen(q, k, v, good, bad, 1000, 1000, check=True)
+    assert_packed(attention_varlen(*p.arguments, check=True), p)
 
 
 def test_tensor_scale_does_not_synchronise():

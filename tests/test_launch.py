@@ -7,44 +7,50 @@ import torch
 
 pytest.importorskip("triton")
 
-from entropy_attn import attention
+from entropy_attn import attention, attention_varlen
 from entropy_attn.backends import triton as backend
 from entropy_attn.kernels.attention import attention_forward
 from entropy_attn.kernels.config import Config
+from entropy_attn.kernels.varlen import attention_varlen_forward
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="CPU tensors reach the launch only in the interpreter"
 )
 
 
-NAMES = attention_forward.fn.__code__.co_varnames[: attention_forward.fn.__code__.co_argcount]
-# The arguments that the kernel is not specialised on. Triton never specialises on floats.
+def names_of(kernel) -> tuple[str, ...]:
+    return kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]
+
+
+NAMES, PACKED_NAMES = names_of(attention_forward), names_of(attention_varlen_forward)
+# The arguments that the kernels are not specialised on. Triton never specialises on floats.
 NEVER = {n for n in NAMES if n.startswith("stride_") and n != "stride_mn"} | {"H", "Hkv", "Nq", "Nk"}
+PACKED_NEVER = {n for n in PACKED_NAMES if n.startswith(("stride_", "total_", "max_seqlen_"))} | {"H", "Hkv"}
 
 
 def kind(name: str, value):
     """The part of an argument that selects the compiled kernel."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
-    if value is None or name in NEVER or isinstance(value, float):
+    if value is None or name in NEVER | PACKED_NEVER or isinstance(value, float):
         return value is None
     return value if isinstance(value, Config) or value in (0, 1) else (value % 16 == 0)
 
 
-def kernels_of(calls, monkeypatch) -> set:
+def kernels_of(calls, monkeypatch, function=attention, names=NAMES) -> set:
     seen = set()
 
     class Launcher:
         def __getitem__(self, grid):
             def launch(*arguments, C, num_warps, num_stages, enable_fp_fusion):
-                given = dict(zip(NAMES, arguments, strict=False)) | {"C": C}
+                given = dict(zip(names, arguments, strict=False)) | {"C": C}
                 seen.add(tuple((name, kind(name, x)) for name, x in sorted(given.items())))
 
             return launch
 
-    monkeypatch.setattr(backend, "attention_forward", Launcher())
+    monkeypatch.setattr(backend, f"{function.__name__}_forward", Launcher())
     for call in calls:
-        attention(**call, backend="triton")
+        function(**call, backend="triton")
     return seen
 
 
@@ -56,6 +62,7 @@ def test_the_kernel_is_told_what_not_to_look_at():
     if not hasattr(attention_forward, "kwargs"):
         pytest.skip("this version of Triton's interpreter does not keep what the decorator was given")
     assert set(attention_forward.kwargs["do_not_specialize"]) == NEVER
+    assert set(attention_varlen_forward.kwargs["do_not_specialize"]) == PACKED_NEVER
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
@@ -94,3 +101,24 @@ def test_lengths_heads_and_strides_take_one_kernel(monkeypatch):
         for N in (16, 33, 64) for H in (1, 2, 5) for B in (1, 3)
     ]  # fmt: skip
     assert len(kernels_of(calls, monkeypatch)) == 1
+
+
+@pytest.mark.parametrize("scale", ["number", "rule", "rules", "tensor"])
+def test_packed_sequences_of_any_lengths_take_one_kernel(scale, monkeypatch):
+    calls = []
+    for lengths in ((16, 48), (33, 1), (1, 1), (64, 0), (5, 6, 7), (15,) * 15):
+        for H in (1, 2, 5):
+            S = len(lengths)
+            given = dict(zip(("query", "key", "value"), torch.zeros(3, sum(lengths), H, 16), strict=True))
+            ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            given |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": max(lengths)}
+            given |= {"max_seqlen_k": max(lengths), "return_entropy": True}
+            tokens, entropy = torch.full((S,), 64), torch.full((S,), 0.5)
+            given |= {
+                "number": {"scale": 1 / math.sqrt(S)},
+                "rule": {"train_tokens": 64 + S, "train_entropy": S / 20},
+                "rules": {"train_tokens": tokens, "train_entropy": entropy},
+                "tensor": {"scale": torch.ones(S, H)},
+            }[scale]
+            calls.append(given)
+    assert len(kernels_of(calls, monkeypatch, attention_varlen, PACKED_NAMES)) == 1

@@ -78,6 +78,7 @@ def test_docs_function(capsys):
         run(page, block)
     printed = capsys.readouterr().out
     assert "torch.Size([1, 8, 784])" in printed
+    assert "torch.Size([5904, 8, 40]) torch.Size([8, 5904])" in printed
     assert "backend  cpu" in printed
     assert "T = 4096, N = 784" in printed
 

@@ -1,8 +1,11 @@
-"""Which backend runs a call. Each is a module with one function ``forward``, imported when first needed.
+"""Which backend runs a call. Each is a module with two functions, imported when first needed.
 
 ``forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse) -> (out, entropy, lse)`` takes
 tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float or a tensor expanded to (B, H, Nq);
 what was not asked for comes back as None.
+
+``forward_varlen(packed, scale, is_causal, return_entropy, return_lse)`` takes `Packed` sequences, and `scale` a float,
+a tensor expanded to (S, H) or a `scale.LengthRule`. It returns (out, entropy, lse) as `new_varlen_outputs` has them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +25,7 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}  # by the table's names
 TRITON_HEAD_DIMS = frozenset(HEAD_DIMS)
 Outputs = tuple[torch.Tensor, Any, Any]  # out, entropy, lse; what was not asked for is None
-_forwards: dict[tuple, Callable[..., Outputs]] = {}
+_modules: dict[tuple, ModuleType] = {}
 
 
 class Choice(NamedTuple):
@@ -83,16 +86,28 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def load(query: torch.Tensor, value: torch.Tensor, backend: str) -> Callable[..., Outputs]:
-    """The ``forward`` that runs a call, chosen once for all that are alike in what `choose` looks at."""
+def load(query: torch.Tensor, value: torch.Tensor, backend: str) -> ModuleType:
+    """The module that runs a call, chosen once for all that are alike in what `choose` looks at."""
     device = query.device
     interpreted = backend == "triton" and device.type == "cpu" and interpreting()
-    alike = (device, query.dtype, query.size(3), value.size(3), backend, interpreted)
-    forward = _forwards.get(alike)
-    if forward is None:
+    alike = (device, query.dtype, query.size(-1), value.size(-1), backend, interpreted)
+    module = _modules.get(alike)
+    if module is None:
         name = choose(query, value, backend).name
-        forward = _forwards[alike] = importlib.import_module(f"entropy_attn.backends.{name}").forward
-    return forward
+        module = _modules[alike] = importlib.import_module(f"entropy_attn.backends.{name}")
+    return module
+
+
+class Packed(NamedTuple):
+    """Sequences one after the other. Sequence i has the rows cu_seqlens[i] .. cu_seqlens[i + 1]."""
+
+    query: torch.Tensor  # (total_q, H, D)
+    key: torch.Tensor  # (total_k, Hkv, D)
+    value: torch.Tensor  # (total_k, Hkv, Dv)
+    cu_seqlens_q: torch.Tensor  # (S + 1,), int32
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 def heads_lie_inside_tokens(tensor: torch.Tensor) -> bool:
@@ -110,4 +125,13 @@ def new_outputs(query: torch.Tensor, value: torch.Tensor, return_entropy: bool, 
         out = query.new_empty((B, H, Nq, value.shape[3]))
     entropy = query.new_empty((B, H, Nq), dtype=torch.float32) if return_entropy else None
     lse = query.new_empty((B, H, Nq), dtype=torch.float32) if return_lse else None
+    return out, entropy, lse
+
+
+def new_varlen_outputs(query: torch.Tensor, value: torch.Tensor, return_entropy: bool, return_lse: bool) -> Outputs:
+    """(out, entropy, lse) for packed sequences, with what rows get that are in no sequence: 0, 0 and -inf."""
+    total_q, H, _ = query.shape
+    out = query.new_zeros((total_q, H, value.shape[2]))
+    entropy = query.new_zeros((H, total_q), dtype=torch.float32) if return_entropy else None
+    lse = query.new_full((H, total_q), -torch.inf, dtype=torch.float32) if return_lse else None
     return out, entropy, lse

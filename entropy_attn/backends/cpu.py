@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from entropy_attn.backends import heads_lie_inside_tokens, new_outputs
+from entropy_attn.backends import heads_lie_inside_tokens, loop, new_outputs
 
 BLOCK = 1 << 19  # scores that a worker thread holds at a time
 FEWEST_ROWS = 16  # the smallest block of queries, however many keys there are
@@ -44,6 +44,9 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
         for _ in _workers(threads, os.getpid()).map(functools.partial(_attend, call), _parts(query, Nk, threads)):
             pass  # the iteration raises what a worker raised
     return out, entropy, lse
+
+
+forward_varlen = functools.partial(loop.forward_varlen, forward)
 
 
 def _sdpa_is_right(query, key, value, attn_mask, scale, is_causal) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from entropy_attn.backends import new_outputs
+from entropy_attn.backends import loop, new_outputs
 
 
 def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse):
@@ -36,3 +38,6 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
     if return_entropy:
         entropy.copy_(-(p * log_p.masked_fill(p == 0, 0.0)).sum(dim=-1))
     return out, entropy, lse
+
+
+forward_varlen = functools.partial(loop.forward_varlen, forward)

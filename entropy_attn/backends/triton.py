@@ -1,4 +1,4 @@
-"""Launch of the Triton kernel: its strides, its configuration and its grid. The kernel itself is in `kernels`."""
+"""Launch of the Triton kernels: their strides, their configuration and their grid. They themselves are in `kernels`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from entropy_attn.backends import TRITON_DTYPES, new_outputs
+from entropy_attn.backends import TRITON_DTYPES, Packed, new_outputs, new_varlen_outputs
 from entropy_attn.kernels.attention import attention_forward
 from entropy_attn.kernels.config import Config, configure
 from entropy_attn.kernels.tiles import Tile, find_tile
+from entropy_attn.kernels.varlen import attention_varlen_forward
+from entropy_attn.scale import LengthRule
 
 _HERE = contextlib.nullcontext()
 
@@ -38,6 +40,42 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
             C=config, **config.launch_options,
         )  # fmt: skip
     return out, entropy, lse
+
+
+def forward_varlen(packed: Packed, scale, is_causal, return_entropy, return_lse, tile: Tile | None = None):
+    """As every backend's; `tile` stands in for the table's. Nothing is read by the host."""
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packed
+    out, entropy, lse = new_varlen_outputs(query, value, return_entropy, return_lse)
+    total_q, H, _ = query.shape
+    S, max_seqlen_q = cu_seqlens_q.shape[0] - 1, min(max_seqlen_q, total_q)
+    if S * H * max_seqlen_q == 0:
+        return out, entropy, lse
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    q, k, v, o = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value, out))  # (1, H, total, D)
+    strides, config = _plan(q, k, v, None, scale, is_causal, o, entropy, lse, tile)
+    _, qh, qn, _, kh, kn, _, vh, vn, _, oh, on, *_ = strides
+    scale, train_entropy, scale_strides = _varlen_scale(scale, S, query.device)
+    with _on(query.device):
+        attention_varlen_forward[(S * H * -(-max_seqlen_q // config.tile.block_m),)](
+            query, key, value, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), scale, train_entropy,
+            out, entropy, lse, qn, qh, kn, kh, vn, vh, on, oh, *scale_strides,
+            H, key.shape[1], total_q, key.shape[0], max_seqlen_q, min(max_seqlen_k, key.shape[0]),
+            C=config, **config.launch_options,
+        )  # fmt: skip
+    return out, entropy, lse
+
+
+def _varlen_scale(scale, S: int, device: torch.device):
+    """The kernel's arguments Scale, Train_entropy, and the strides of Scale."""
+    if isinstance(scale, torch.Tensor):  # (S, H)
+        return scale, None, scale.stride()
+    if not isinstance(scale, LengthRule):
+        return _rounded(scale), None, (0, 0)
+    train_tokens, train_entropy = scale
+    if not isinstance(train_tokens, torch.Tensor) and not isinstance(train_entropy, torch.Tensor):
+        return _rounded(train_tokens), _rounded(train_entropy), (0, 0)
+    tensors = (x if isinstance(x, torch.Tensor) else torch.full((S,), x, device=device) for x in scale)
+    return *(x.to(torch.float32).contiguous() for x in tensors), (0, 0)
 
 
 def config_of(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse) -> Config:
@@ -117,10 +155,12 @@ def _config(device, dtype, head_dim, value_dim, tile, largest_stride, **options)
 
 
 def _scale_kind(scale) -> str:
-    """`Config.scale` for a number, or for a tensor expanded to (B, H, Nq)."""
+    """`Config.scale` for a number, a tensor expanded to (B, H, Nq) or (S, H), or a `LengthRule`."""
+    if isinstance(scale, LengthRule):
+        return "lengths_per_sequence" if any(isinstance(x, torch.Tensor) for x in scale) else "lengths"
     if not isinstance(scale, torch.Tensor):
         return "number"
-    return "per_query" if scale.stride(2) else "per_head"
+    return "per_query" if scale.dim() == 3 and scale.stride(2) else "per_head"
 
 
 def _rounded(scale: float) -> float:

@@ -24,10 +24,11 @@ emulator.install()
 import torch  # noqa: E402
 from emulator.device import device as loading  # noqa: E402
 from emulator.ptx import Module  # noqa: E402
+from packed import assert_packed, pack, scales  # noqa: E402
 from support import Inputs, assert_attends, assert_results, truth  # noqa: E402
 
 import entropy_attn  # noqa: E402
-from entropy_attn import attention  # noqa: E402
+from entropy_attn import attention, attention_varlen  # noqa: E402
 
 BOTH = {"return_entropy": True, "return_lse": True}
 FAR = 2**31 + 8
@@ -283,6 +284,51 @@ def scales_past_32_bits() -> None:
     q, k, v = inputs(1, 1, 150, 70, 32)
     scale = far_view((1, 1, 150), 2, 2**31 // 100, torch.float32).fill_(0.125)
     assert_attends(attention(q, k, v, scale=scale, **BOTH), q, k, v, scale=0.125)
+
+
+@call
+def packed_sequences() -> None:
+    """λ from the length of each sequence, causal and not; lengths that no tile divides; an empty sequence."""
+    p = pack((70, 0, 150, 5), (30, 3, 150, 200), H=4, Hkv=2, D=32, dtype=torch.float16, device="cuda")
+    T, H_T = [64, 9, 200, 300], [0.0, 0.5, 1.5, 0.2]
+    tensors = {"train_tokens": torch.tensor(T).to("cuda"), "train_entropy": torch.tensor(H_T).to("cuda")}
+    for given, wanted in (
+        ({"train_tokens": 64, "train_entropy": 3.5}, scales(p, 64, 3.5)),
+        (tensors, scales(p, T, H_T)),
+    ):
+        for is_causal in (False, True):
+            result = attention_varlen(*p.arguments, enable_gqa=True, is_causal=is_causal, **given, **BOTH)
+            assert_packed(result, p, wanted, is_causal)
+    scale = normal(4, 4, dtype=torch.float32)
+    result = attention_varlen(*p.arguments, enable_gqa=True, scale=scale, **BOTH)
+    assert_packed(result, p, scale.cpu().double())
+
+
+@call
+def malformed_ends_of_packed_sequences() -> None:
+    """No access outside the tensors, which the emulator would see. Results are finite."""
+    query, key, value = (normal(90, 1, 32, seed=seed) for seed in range(3))
+    good = torch.tensor([0, 40, 90], dtype=torch.int32).to("cuda")
+    for ends in ((-500, 30, 2000), (90, 20, 70), (0, 2**31 - 1, -(2**31))):
+        bad = torch.tensor(ends, dtype=torch.int32).to("cuda")
+        for of_queries, of_keys in ((bad, good), (good, bad), (bad, bad)):
+            for longest in (50, 1000):
+                result = attention_varlen(query, key, value, of_queries, of_keys, longest, longest, **BOTH)
+                assert result.out.isfinite().all()
+    short = attention_varlen(query, key, value, good, good, 30, 50)  # 40 and 50 queries, of which 30 count
+    assert (short[30:40] == 0).all()
+    assert (short[70:] == 0).all()
+
+
+@call
+def packed_rows_past_32_bits() -> None:
+    """Strides that 8 does not divide, so that they are in units of one element."""
+    p = pack((3, 70, 60), H=1, D=32, dtype=torch.float16, device="cuda")
+    near = (p.query, p.key, p.value)
+    far = [far_view(x.shape, 0, 2**32 // 60 // 8 * 8 + 1, x.dtype).copy_(x) for x in near]
+    for i in range(3):
+        p.query, p.key, p.value = (far[j] if i == j else near[j] for j in range(3))
+        assert_packed(attention_varlen(*p.arguments, **BOTH), p)
 
 
 def kind(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def sources() -> str:
 
 def calls() -> str:
     """The digest of the calls. Another one makes the results of missed mutants stale."""
-    return digest(HERE / "mutant_calls.py", ROOT / "tests" / "support.py")
+    return digest(HERE / "mutant_calls.py", ROOT / "tests" / "support.py", ROOT / "tests" / "packed.py")
 
 
 def is_fresh(row: dict[str, Any]) -> bool:

@@ -19,8 +19,8 @@ class Mutation(NamedTuple):
     unseen: str = ""
 
 
-KERNEL, MASKS, ROWS, SOFTMAX, CONFIG = (
-    f"kernels/{name}.py" for name in ("attention", "masks", "rows", "softmax", "config")
+KERNEL, PACKED, MASKS, ROWS, SOFTMAX, CONFIG = (
+    f"kernels/{name}.py" for name in ("attention", "varlen", "masks", "rows", "softmax", "config")
 )
 LAUNCH, PTX = "entropy_attn/backends/triton.py", "PTX"
 
@@ -39,7 +39,7 @@ SOURCE = [
         "overflow in the product, and the calls reserve 13 GiB at most.",
     ),
     Mutation(
-        "first query in int32", KERNEL, "first = tile.to(tl.int64) * M", "first = tile * M", first="masks past 32 bits",
+        "first query in int32", KERNEL, "tile.to(tl.int64) * M, Nq, C)", "tile * M, Nq, C)", first="masks past 32 bits",
     ),
     Mutation(
         "offsets of rows in uint32", ROWS, "tl.int64 if C.large_offsets else tl.uint32", "tl.uint32",
@@ -93,11 +93,11 @@ SOURCE = [
     ),
     Mutation("store of rows past the end", ROWS, "mask=inside[:, None] & (column < DIM))", "mask=column < DIM)"),
     Mutation(
-        "store of entropy without a mask", KERNEL, "tl.store(Entropy + row, entropy, mask=inside)",
-        "tl.store(Entropy + row, entropy)",
+        "store of entropy without a mask", KERNEL, "tl.store(head.entropy + row, entropy, mask=inside)",
+        "tl.store(head.entropy + row, entropy)",
     ),
     Mutation(
-        "load of scales without a mask", KERNEL, "* stride_sn, mask=inside, other=1.0)", "* stride_sn)",
+        "load of scales without a mask", KERNEL, "* stride_sn, mask=query_index < Nq, other=1.0)", "* stride_sn)",
         first="scale per query",
     ),
     Mutation(
@@ -149,7 +149,8 @@ SOURCE = [
         "main loop one block too long", MASKS, "full_end = full_end // N * N", "full_end = tl.cdiv(full_end, N) * N",
     ),
     Mutation(
-        "keys of the main loop not skipped", KERNEL, "rows.skip(k_rows, visible.full_begin)", "rows.skip(k_rows, 0)",
+        "keys of the main loop not skipped", KERNEL, "rows.skip(head.key, visible.full_begin)",
+        "rows.skip(head.key, 0)",
         first="key padding",
     ),
     Mutation(
@@ -265,24 +266,64 @@ SOURCE = [
         first="boolean mask per query",
     ),
     Mutation(
-        "a scale per query taken for one per head", LAUNCH, '"per_query" if scale.stride(2) else',
-        '"per_head" if scale.stride(2) else', first="scale per query",
+        "a scale per query taken for one per head", LAUNCH, '"per_query" if scale.dim() == 3 and scale.stride(2) else',
+        '"per_head" if scale.dim() == 3 and scale.stride(2) else', first="scale per query",
     ),
     Mutation(
         "entropy only with LSE", LAUNCH, "entropy=entropy is not None", "entropy=lse is not None", first="is causal",
     ),
     Mutation("causality dropped", LAUNCH, "is_causal=is_causal", "is_causal=False", first="is causal"),
     Mutation(
-        "launch on the current device", LAUNCH, "with _on(query.device):", "with _HERE:",
+        "launch on the current device", LAUNCH, "with _on(query.device):\n        attention_forward[",
+        "with _HERE:\n        attention_forward[",
         unseen="The emulator has one device.",
+    ),
+    # Packed sequences
+    Mutation(
+        "a sequence begins before the first row", PACKED, "tl.minimum(tl.maximum(begin, 0), total)",
+        "tl.minimum(begin, total)", first="malformed ends of packed sequences",
+    ),
+    Mutation(
+        "a sequence ends past the last row", PACKED, "tl.minimum(tl.maximum(end, begin), total)",
+        "tl.maximum(end, begin)", first="malformed ends of packed sequences",
+    ),
+    Mutation(
+        "a sequence is longer than max_seqlen", PACKED, "tl.minimum(end - begin, longest)", "(end - begin)",
+        first="malformed ends of packed sequences",
+    ),
+    Mutation(
+        "keys of the first sequence", PACKED, "bounds(Cu_seqlens_k, sequence,", "bounds(Cu_seqlens_k, 0,",
+        first="packed sequences",
+    ),
+    Mutation(
+        "the longest sequence decides the scale", PACKED, "length_scale(Nk, Scale,",
+        "length_scale(max_seqlen_k, Scale,", first="packed sequences",
+    ),
+    Mutation(
+        "T of the first sequence", PACKED, "tl.load(Scale + sequence),", "tl.load(Scale),", first="packed sequences",
+    ),
+    Mutation(
+        "no scale below H_T", PACKED, "tl.where(above < 0.0, 0.0, above)", "above", first="packed sequences",
+    ),
+    Mutation(
+        "entropy and LSE of the first sequence's rows", PACKED, "head * total_q + begin_q",
+        "head * total_q", first="packed sequences",
+    ),
+    Mutation(
+        "programs beyond their sequence go on", PACKED, "        return\n    begin_k", "        pass\n    begin_k",
+        unseen="Every load and store of such a program is masked. It takes time and does nothing.",
+    ),
+    Mutation(
+        "first key of a sequence in int32", PACKED, "begin_k = begin_k.to(tl.int64)", "begin_k = begin_k",
+        first="packed rows past 32 bits",
     ),
     # Arithmetic
     Mutation(
-        "sign of the scale", KERNEL, "tl.where(scale < 0, -1.0, 1.0)", "tl.where(scale < 0, 1.0, 1.0)",
+        "sign of the scale", KERNEL, "tl.where(head.scale < 0, -1.0, 1.0)", "tl.where(head.scale < 0, 1.0, 1.0)",
         first="scale per head",
     ),
     Mutation(
-        "scale of 0", KERNEL, "tl.where(scale == 0.0, SMALLEST, tl.abs(scale))", "tl.abs(scale)",
+        "scale of 0", KERNEL, "tl.where(head.scale == 0.0, SMALLEST, tl.abs(head.scale))", "tl.abs(head.scale)",
         first="scale per head",
     ),
     Mutation(
