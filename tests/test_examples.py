@@ -129,9 +129,13 @@ def test_many_sizes(example, tmp_path, capsys, monkeypatch):
     assert difference(images[0], images[2]) > 1
     with pytest.raises(ValueError, match="one entry for each image, got 4, 3 and 4"):
         module.generate(pipe, sizes, "a dog", seeds[:3])
-    module.main(["--sizes", "64x96", "96x64", "--seeds", "5", "6", "--steps", "2", "--out", str(tmp_path)], pipe)
+    arguments = ["--prompt", "a dog", "--steps", "2", "--out", str(tmp_path)]
+    module.main(["--sizes", "64x96", "96x64", "--seeds", "5", "6", *arguments], pipe)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["0-64x96-seed5.png", "1-96x64-seed6.png"]
     assert f"wrote 2 images to {tmp_path}" in capsys.readouterr().out
+    saved = Image.open(tmp_path / "0-64x96-seed5.png")
+    assert difference(saved, images[0]) <= 1
+    assert difference(saved, module.generate(pipe, sizes[:1], "a dog", [5], **options)[0]) > 1  # without λ
 
 
 def test_many_sizes_of_the_embedded_pipeline(example, monkeypatch):
