@@ -33,15 +33,17 @@ BASE = "padded SDPA"
 COLOURS = dict(zip(WAYS, ("blue", "red", "cyan", "grey", "purple", "green", "olive", "brown"), strict=True))
 
 
-def error_of(result: Any, batch: Batch) -> float:
-    """The error of a way's output relative to its norm, against float64 on the same inputs."""
+def expected(batch: Batch) -> torch.Tensor:
+    """The output (total, H, D) in float64, one image at a time."""
+    options: dict[str, Any] = {"train_tokens": batch.train_tokens, "backend": "reference"}
+    outs = [attention(*(x.double() for x in qkv), **options) for _, qkv in batch.images()]
+    return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+
+def error_of(result: Any, batch: Batch, wanted: torch.Tensor) -> float:
+    """The error of a way's output, relative to the norm of the output wanted."""
     out = result.out if isinstance(result, AttentionOutput) else result
     out = batch.from_padded(out) if out.dim() == 4 else out
-    expected = [
-        attention(*(x.double() for x in qkv), train_tokens=batch.train_tokens, backend="reference")[0].transpose(0, 1)
-        for _, qkv in batch.images()
-    ]
-    wanted = torch.cat(expected)
     return float((out.double() - wanted).norm() / wanted.norm())
 
 
@@ -52,12 +54,13 @@ def measure(case: dict[str, Any], names: list[str], rounds: int, device: str) ->
     lengths = [aspect_ratios.tokens(size, layer) for size in sizes]
     batch = make_batch(lengths, layer, harness.DTYPES[case["dtype"]], device)
     case = case | {"tokens": lengths, "padding": batch.padding}
+    wanted = expected(batch)
     rows = {name: case | {"way": name} for name in names}
     ways: dict[str, Callable[[], Any]] = {}
     for name in names:
         try:
             way = WAYS[name](batch)
-            error = error_of(way(), batch)
+            error = error_of(way(), batch, wanted)
             right = error <= TOLERANCE[case["dtype"]]  # False for NaN
             rows[name] |= {"status": "ok" if right else "wrong", "error": error}
             if right:
