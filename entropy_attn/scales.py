@@ -6,15 +6,15 @@ tensor for ``attention(scale=...)``, which reaches the kernel in float32 and lea
     scale = scales.llama4(query, positions)
     out = attention(query, key, value, is_causal=True, scale=scale)
 
-Every function takes the query, for its shape, dtype and device alone. With few exceptions it takes the positions:
+Every function takes the query, for its shape, dtype and device alone. All but `longrope` take the positions:
 
     query: (B, H, Nq, D), or (B, Nq, H, D) with ``layout="bnhd"``.
     positions: an int32 or int64 tensor on the device of query, (Nq,) or, for samples that differ, (B, Nq). The position
         of a query is the number of keys before its own: ``torch.arange(Nq)`` for a whole causal sequence, and
         ``torch.tensor([Nk - 1])`` where one token is decoded with Nk keys. A query at position i sees N_i = i + 1 keys.
 
-and returns λ with the 1/sqrt(D) in it, of shape (B, H, Nq) and without copies along B and H that the rule does not need
-(a stride of 0): float32, or float64 with a float64 query. The positions are not read by the host, so their values are
+They return λ, with 1/sqrt(D) in it, as a tensor (B, H, Nq): float32, or float64 with a float64 query. Along B and H it
+is a view (a stride of 0) where the rule does not differ. The positions are not read by the host, so their values are
 not checked: a position below 0 gives NaN or a meaningless λ.
 
 Raises, in every function: TypeError for an argument of a wrong type, ValueError for one of a wrong shape, dtype or

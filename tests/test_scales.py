@@ -1,5 +1,6 @@
 """Each rule of `entropy_attn.scales`, against its formula, and against the model's attention in transformers."""
 
+import functools
 import math
 
 import pytest
@@ -101,6 +102,22 @@ def test_half_precision_has_a_float32_scale_without_copies(name):
     assert scale.dtype == torch.float32
     assert scale.stride()[:2] == (0, 0)
     assert attention(query, key, value, is_causal=True, scale=scale).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_query_is_not_rounded_again(dtype):
+    """A scale has less error than a multiplied query, by the factors of docs/function.md."""
+    query, key, value = ((x * (3 if i == 0 else 1)).to(dtype) for i, x in enumerate(inputs()))
+    rule = functools.partial(scales.llama4, positions=POSITIONS, floor_scale=4)
+    exact = (x.double() for x in (query, key, value))
+    wanted = attention(*exact, is_causal=True, scale=rule(query.double()))
+    multiplied = query * (rule(query) * math.sqrt(D))[..., None].to(dtype)
+    unit = torch.full((), 1 / math.sqrt(D))
+    errors = [
+        (attention(given, key, value, is_causal=True, scale=scale).double() - wanted).norm()
+        for given, scale in ((query, rule(query)), (multiplied, unit))
+    ]
+    assert errors[1] > 1.4 * errors[0]
 
 
 def test_layout():
