@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/host_overhead.py
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/entropy_cost.py
+	$(BIN)/python benchmarks/buckets.py
 	$(BIN)/python benchmarks/adapter.py
 	$(BIN)/python benchmarks/compile_report.py
 	$(BIN)/python benchmarks/throughput.py || test $$? -eq 2

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from entropy_attn import scales
 from entropy_attn.attention import attention
 from entropy_attn.explain import Explanation, explain
 from entropy_attn.output import AttentionOutput
@@ -22,6 +23,7 @@ __all__ = [
     "enable",
     "entropy_scale",
     "explain",
+    "scales",
 ]
 __version__ = "0.2.0"
 

@@ -351,3 +351,91 @@ def test_ways_run_in_turn(benchmark):
     times = benchmark("harness").interleaved(ways, rounds=2)
     assert order == 3 * ["one", "other"]  # the first round is a warm-up
     assert {name: len(taken) for name, taken in times.items()} == {"one": 2, "other": 2}
+
+
+def test_buckets_are_those_of_the_models(benchmark):
+    aspect_ratios = benchmark("aspect_ratios")
+    sdxl = aspect_ratios.SIZES["SDXL"]
+    assert len(sdxl) == len(set(sdxl)) == 40
+    assert [height / width for height, width in sdxl] == sorted(height / width for height, width in sdxl)
+    assert all(0.9 < height * width / 1024**2 <= 1 for height, width in sdxl)
+    level = aspect_ratios.layers("SDXL")[0]
+    assert aspect_ratios.tokens((1024, 1024), level) == level.train_tokens == 4096
+    assert aspect_ratios.tokens((512, 1984), level) == 32 * 124
+    assert aspect_ratios.layers("PixArt 256 and 512")[0].train_tokens == 1024
+    mixed = aspect_ratios.sample("PixArt 256 and 512", 6, seed=1)
+    assert all(size in aspect_ratios.SIZES[f"PixArt {(256, 512)[i % 2]}"] for i, size in enumerate(mixed))
+    assert mixed == aspect_ratios.sample("PixArt 256 and 512", 6, seed=1)
+    assert mixed != aspect_ratios.sample("PixArt 256 and 512", 6, seed=2)
+    pixart = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
+    for edge in (256, 512, 1024):
+        table = getattr(pixart, f"ASPECT_RATIO_{edge}_BIN").values()
+        assert aspect_ratios.SIZES[f"PixArt {edge}"] == [tuple(size) for size in table]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_packed_ways_agree(benchmark, monkeypatch):
+    """Every way that the CPU has gives the output of each image by itself, and the padded tensors hold those images."""
+    packed_ways, buckets = benchmark("packed_ways"), benchmark("buckets")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    layer = packed_ways.aspect_ratios.Layer("small", 1, 2, 8, 16)
+    batch = packed_ways.make_batch([5, 33, 2, 16], layer, torch.float32, "cpu")
+    assert batch.padding == pytest.approx(1 - 56 / (4 * 33))
+    assert [torch.equal(batch.from_padded(x), y) for x, y in zip(batch.padded, batch.packed, strict=True)] == 3 * [True]
+    assert batch.padded[0][2, :, 2:].count_nonzero() == 0
+    wanted = buckets.expected(batch)
+    for name in set(packed_ways.WAYS) - set(packed_ways.GPU_WAYS):
+        assert buckets.error_of(packed_ways.WAYS[name](batch)(), batch, wanted) < 1e-6, name
+    # λ of another T, or of another image, is seen.
+    assert buckets.error_of(packed_ways.packed(batch._replace(train_tokens=17))(), batch, wanted) > 1e-3
+    one_scale = batch._replace(scale=batch.scale[:1].expand(4))
+    assert buckets.error_of(packed_ways.padded_sdpa(one_scale)(), batch, wanted) > 1e-3
+
+
+def test_buckets(tmp_path):
+    arguments = ["--device", "cpu", "--cases", "PixArt 256", "--batch", "2", "--rounds", "2"]
+    arguments += ["--ways", "packed", "padded SDPA", "SDPA one by one", "varlen_attn", "--out", "rows.json"]
+    stopped = run("buckets", *arguments, "--seconds", "0", cwd=tmp_path)
+    assert stopped.returncode == 0
+    assert "0 seconds are over: --resume goes on" in stopped.stderr
+    assert "no row was measured" in stopped.stderr
+    done = run("buckets", *arguments, cwd=tmp_path)
+    rows = {row["way"]: row for row in rows_of(done, tmp_path / "rows.json")}
+    assert rows["varlen_attn"]["status"] == "not run"  # it has no kernel for the CPU
+    assert f"- varlen_attn: {rows.pop('varlen_attn')['reason']}" in done.stdout
+    assert list(rows) == ["packed", "padded SDPA", "SDPA one by one"]
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert row["error"] < 1e-5
+        assert len(row["tokens"]) == 2
+        assert row["padding"] == pytest.approx(1 - sum(row["tokens"]) / (2 * max(row["tokens"])))
+        assert row["ms_low"] <= row["ms"] <= row["ms_high"]
+        assert row["peak_mib"] > 0
+    assert rows["padded SDPA"]["time_to_base"] == 1
+    before = (tmp_path / "rows.json").read_text()
+    again = run("buckets", *arguments, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "rows.json").read_text() == before  # nothing was left to measure
+
+
+def test_wrong_and_missing_ways_of_buckets_are_told_and_not_timed(benchmark, monkeypatch):
+    buckets = benchmark("buckets")
+    one_by_one = buckets.WAYS["one by one"]
+
+    def without_compiler(batch):
+        def way():
+            raise RuntimeError("No working C++ compiler found\nand more")
+
+        return way
+
+    monkeypatch.setitem(buckets.WAYS, "FlexAttention", without_compiler)
+    monkeypatch.setitem(buckets.WAYS, "packed", lambda batch: lambda: 1.01 * one_by_one(batch)())
+    monkeypatch.setitem(buckets.WAYS, "padded", lambda batch: lambda: math.nan * one_by_one(batch)())
+    case = {"case": "PixArt 256", "layer": "all layers", "dtype": "float32", "B": 1, "seed": 0}
+    rows = buckets.measure(case, ["packed", "padded", "padded SDPA", "FlexAttention"], 1, "cpu")
+    statuses = {row["way"]: row["status"] for row in rows}
+    assert statuses == {"packed": "wrong", "padded": "wrong", "padded SDPA": "ok", "FlexAttention": "not run"}
+    assert ["ms" in row for row in rows] == [False, False, True, False]
+    told = buckets.tables(rows)
+    assert "- FlexAttention: RuntimeError: No working C++ compiler found\n" in told + "\n"
+    assert "- packed: off by 1.0e-02" in told
