@@ -12,10 +12,9 @@ from entropy_attn.varlen import attention_varlen
 
 
 def is_jagged(tensor) -> bool:
-    # By the name of its class: another subclass may not let its attributes be read.
-    if not isinstance(tensor, torch.Tensor) or not module_of(type(tensor)).startswith("torch.nested"):
-        return False
-    return tensor.layout == torch.jagged
+    # By its class: another subclass may not let its attributes be read.
+    kind = type(tensor)
+    return kind is not torch.Tensor and module_of(kind).startswith("torch.nested") and tensor.layout == torch.jagged
 
 
 def attention_jagged(query, key, value, attn_mask, dropout_p, num_tokens, layout, **options: Any):

@@ -107,12 +107,10 @@ def _attention_varlen(
     packed = Packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if check or cu_seqlens_q.device.type == "cpu":
         checks_varlen.check_lengths(packed)
+    T = train_tokens if train_tokens_tensor is None else train_tokens_tensor
     resolved: float | torch.Tensor | LengthRule
-    if train_tokens is not None or train_tokens_tensor is not None:
-        resolved = LengthRule(
-            train_tokens if train_tokens_tensor is None else train_tokens_tensor,  # type: ignore[arg-type]
-            train_entropy if train_entropy_tensor is None else train_entropy_tensor,
-        )
+    if T is not None:
+        resolved = LengthRule(T, train_entropy if train_entropy_tensor is None else train_entropy_tensor)
         resolved.check()
     elif scale_tensor is not None:
         if scale_tensor.dim() == 1:
@@ -135,10 +133,11 @@ def _register(name: str, function, fake, cast: tuple[str, ...], differentiable: 
     _library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.entropy_attn, name).default
     place = {name: i for i, name in enumerate(inspect.signature(function).parameters)}
+    refused = [(name.removesuffix("_tensor"), place[name]) for name in differentiable]
 
     def refuse_derivatives(keyset, *arguments):
         """The kernel for the Autograd keys: raises where a backward- or forward-mode derivative is asked for."""
-        inputs = {name.removesuffix("_tensor"): arguments[place[name]] for name in differentiable}
+        inputs = {name: arguments[i] for name, i in refused}
         if torch.is_grad_enabled():
             checks.refuse_grad(**inputs)
         for name, tensor in inputs.items():

@@ -1,4 +1,4 @@
-"""The kernel on a GPU: the cases of test_attention.py, CUDA graphs, large offsets, a second device."""
+"""The kernels on a GPU: test_attention.py's cases, packed sequences, CUDA graphs, large offsets, a second device."""
 
 import pytest
 import torch
