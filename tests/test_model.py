@@ -159,8 +159,8 @@ def predicted(tmp_path_factory):
         arguments = [
             "--head-dims",
             head_dim,
-            "--masks",
-            "none",
+            "--calls",
+            "plain",
             "--runs",
             2,
             "--jobs",

@@ -36,15 +36,17 @@ from entropy_attn.kernels.tiles import Tile
 
 HERE = Path(__file__).parent
 HEAD_DIMS = (40, 64, 80, 96, 128, 160)
-MASKS: dict[str, dict[str, Any]] = {
-    "none": {}, "key padding": {"mask": "boolean"}, "causal": {"is_causal": True},
+PACKED = "packed, λ by length"  # the kernel of attention_varlen with train_tokens
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {}, "key padding": {"mask": "boolean"}, "causal": {"is_causal": True},
+    "scale per query": {"scale": "per_query"}, PACKED: {"scale": "lengths"},
 }  # fmt: skip
 STATUS = "modelled"
 
 
 class Case(NamedTuple):
     head_dim: int
-    mask: str
+    call: str
     entropy: bool
     dtype: str = "float16"
     tile: Tile | None = None  # the table's
@@ -52,8 +54,8 @@ class Case(NamedTuple):
 
 def compiled(case: Case) -> tuple[Code, float, Tile]:
     """The kernel of a case, the useful operations of one of its passes, and its tile."""
-    config = configure("sm_80", case.dtype, case.head_dim, entropy=case.entropy, tile=case.tile, **MASKS[case.mask])
-    kernel = aot.compile_config("sm_80", case.dtype, config)
+    config = configure("sm_80", case.dtype, case.head_dim, entropy=case.entropy, tile=case.tile, **CALLS[case.call])
+    kernel = aot.compile_config("sm_80", case.dtype, config, packed=case.call == PACKED)
     used = aot.resources(kernel)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -68,7 +70,7 @@ def predict(case: Case, runs: int) -> dict[str, Any]:
     code, flops, tile = compiled(case)
     found = estimate(code, flops, SXM4_400_W, runs)
     return {
-        "head_dim": case.head_dim, "mask": case.mask, "entropy": case.entropy, "dtype": case.dtype,
+        "head_dim": case.head_dim, "call": case.call, "entropy": case.entropy, "dtype": case.dtype,
         "tile": dataclasses.asdict(tile), "status": STATUS, "tflops": round(found.speed, 1),
         "tflops_at_boost_clock": round(found.cycles, 1), "standard_error": round(found.error, 4),
         "clock": round(found.clock, 3), "bound_tflops": round(found.bound, 1), "bound_by": found.bound_by,
@@ -86,16 +88,17 @@ def known_error(path: Path) -> float:
 
 
 def table(rows: list[dict[str, Any]], error: float) -> str:
-    header = ["D", "mask", "entropy", "tile", "modelled TFLOP/s", "entropy costs", "at boost clock", "clock",
-              "bound", "others per HMMA", "programs"]  # fmt: skip
-    without = {(r["head_dim"], r["mask"], r["dtype"]): r["tflops"] for r in rows if not r["entropy"]}
+    header = ["D", "call", "entropy", "tile", "modelled TFLOP/s", "entropy costs", "call costs", "at boost clock",
+              "clock", "bound", "others per HMMA", "programs"]  # fmt: skip
+    speeds = {(r["head_dim"], r["call"], r["entropy"]): r["tflops"] for r in rows}
     lines = []
     for r in rows:
         tile = "{block_m}x{block_n}, {num_warps} warps, {num_stages} stages".format(**r["tile"])
-        plain = without.get((r["head_dim"], r["mask"], r["dtype"]))
-        cost = f"{100 * (plain / r['tflops'] - 1):+.0f} %" if r["entropy"] and plain else ""
-        lines.append([str(r["head_dim"]), r["mask"], "yes" if r["entropy"] else "no", tile,
-                      f"{r['tflops']:.0f} ± {100 * error:.0f} %", cost,
+        without = speeds.get((r["head_dim"], r["call"], False)) if r["entropy"] else None
+        plain = speeds.get((r["head_dim"], "plain", r["entropy"])) if r["call"] != "plain" else None
+        costs = [f"{100 * (base / r['tflops'] - 1):+.0f} %" if base else "" for base in (without, plain)]
+        lines.append([str(r["head_dim"]), r["call"], "yes" if r["entropy"] else "no", tile,
+                      f"{r['tflops']:.0f} ± {100 * error:.0f} %", *costs,
                       f"{r['tflops_at_boost_clock']:.0f} ± {100 * r['standard_error']:.1f} %", f"{r['clock']:.2f}",
                       f"{r['bound_tflops']:.0f} ({r['bound_by']})", f"{r['others_per_matrix']:.1f}",
                       str(r["programs_per_multiprocessor"])])  # fmt: skip
@@ -103,9 +106,9 @@ def table(rows: list[dict[str, Any]], error: float) -> str:
 
 
 def draw(rows: list[dict[str, Any]], error: float, title: str, path: Path) -> None:
-    """Bars for each head dim without a mask, with the model's error; outlines at the boost clock."""
+    """Bars for each head dim of the first kind of call, with the model's error; outlines at the boost clock."""
     plt = harness.pyplot()
-    rows = [r for r in rows if r["mask"] == rows[0]["mask"] and r["dtype"] == rows[0]["dtype"]]
+    rows = [r for r in rows if r["call"] == rows[0]["call"]]
     head_dims = sorted({r["head_dim"] for r in rows})
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for entropy, shift, colour, label in ((False, -0.2, "C0", "without entropy"), (True, 0.2, "C1", "with entropy")):
@@ -141,7 +144,7 @@ def report(machine: dict[str, Any], rows: list[dict[str, Any]], error: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", nargs="+", type=int, choices=tiles.HEAD_DIMS, default=HEAD_DIMS, metavar="D")
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
+    parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--entropy", choices=("on", "off", "both"), default="both")
     parser.add_argument("--tile", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="another tile")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
@@ -158,8 +161,8 @@ def main() -> None:
     entropies = {"off": (False,), "on": (True,), "both": (False, True)}[arguments.entropy]
     tile = Tile(*arguments.tile) if arguments.tile else None
     chosen = [
-        Case(head_dim, mask, entropy, arguments.dtype, tile)
-        for mask, head_dim, entropy in itertools.product(arguments.masks, arguments.head_dims, entropies)
+        Case(head_dim, call, entropy, arguments.dtype, tile)
+        for call, head_dim, entropy in itertools.product(arguments.calls, arguments.head_dims, entropies)
     ]
     error = known_error(HERE / "validation.json")
     pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), harness.ignore_interrupts)
@@ -171,7 +174,7 @@ def main() -> None:
     print(text)
     if arguments.markdown:
         results.write_whole(arguments.markdown, f"# {__doc__.splitlines()[0]}\n\n{text}")
-    title = f"A100 SXM4, 400 W, {arguments.dtype}, mask: {record.rows[0]['mask']}; modelled ± {100 * error:.0f} %"
+    title = f"A100 SXM4, 400 W, {arguments.dtype}, {record.rows[0]['call']}; modelled ± {100 * error:.0f} %"
     draw(record.rows, error, title, arguments.picture)
 
 
