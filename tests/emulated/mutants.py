@@ -136,13 +136,15 @@ def report(original: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     missed = [row for row in alive if row["check"] is None]
     counts = collections.Counter(row["check"] for row in alive if row["check"])
     reasons = {mutation.name: mutation.unseen for mutation in MUTATIONS}
+    equivalent = {mutation.name for mutation in MUTATIONS if mutation.equivalent} & {row["name"] for row in missed}
     lines = [
         "# Mutants of the kernel and of its launch",
         "",
         "Written by `make mutants`: each mutant is one change of [mutations.py](mutations.py), and the calls of",
         "[mutant_calls.py](mutant_calls.py) run on the emulated device until one objects.",
         "",
-        f"**{len(alive) - len(missed)} of {len(alive)} mutants are caught.** torch {torch.__version__}, "
+        f"**{len(alive) - len(missed)} of {len(alive) - len(equivalent)} mutants are caught**, beside "
+        f"{len(equivalent)} that are equivalent: they change no result on any device. torch {torch.__version__}, "
         f"triton {triton.__version__}.",
         f"The {len(original['calls'])} calls pass on the original in {original['seconds']:.0f} s.",
         "",
@@ -161,7 +163,9 @@ def report(original: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
     if missed:
         lines += ["", "## Missed", ""]
-        lines += [f"- {row['name']}: {reasons[row['name']] or 'nobody knows why.'}" for row in missed]
+        for row in missed:
+            kind = " (equivalent)" if row["name"] in equivalent else ""
+            lines.append(f"- {row['name']}{kind}: {reasons[row['name']] or 'nobody knows why.'}")
     if stillborn:
         lines += ["", "## Did not run, and do not count", ""]
         lines += [f"- {row['name']}: {said(row)}" for row in stillborn]

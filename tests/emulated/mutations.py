@@ -8,7 +8,8 @@ from typing import NamedTuple
 class Mutation(NamedTuple):
     """`old`, which the file has exactly once, becomes `new`. Of the PTX `old` is a pattern, and its `place`-th match
     becomes `new`. `first`: a call that is likely to see it, and so is made before the others. `unseen`: why no call on
-    the emulated device can tell it from the original."""
+    the emulated device can tell it from the original. `equivalent`: no call on any device can, for it changes no
+    result."""
 
     name: str
     file: str
@@ -17,6 +18,7 @@ class Mutation(NamedTuple):
     place: int = 0
     first: str = ""
     unseen: str = ""
+    equivalent: bool = False
 
 
 KERNEL, PACKED, MASKS, ROWS, SOFTMAX, CONFIG = (
@@ -77,7 +79,7 @@ SOURCE = [
     Mutation(
         "edge rows undefined instead of 0", ROWS, "tl.load(pointers, mask=inside[:, None], other=0.0)",
         "tl.load(pointers, mask=inside[:, None])",
-        unseen="Triton 3.7 writes 0 to the registers of every masked load: the rows are 0 all the same.",
+        equivalent=True, unseen="Triton 3.7 writes 0 to the registers of every masked load: the rows are 0 all the same.",
     ),
     Mutation(
         "load of padded columns without a mask", ROWS, "(inside[:, None] & (column < DIM)) if CHECK",
@@ -163,7 +165,7 @@ SOURCE = [
     Mutation(
         "an empty main loop counts backwards", MASKS, "tl.maximum(full_end, full_begin)", "full_end",
         first="key padding",
-        unseen="It changes nothing: rows that saw no key in the main loop begin again with all keys.",
+        equivalent=True, unseen="It changes nothing: rows that saw no key in the main loop begin again with all keys.",
     ),
     Mutation(
         "holes of a padding mask not seen", MASKS, "== full_end - full_begin, full_end, full_begin)",
@@ -236,7 +238,7 @@ SOURCE = [
     Mutation(
         "stores said to be aligned to 16 bytes", ROWS, "tl.store(first + (rows.offsets + column), values",
         "tl.store(tl.multiple_of(first + (rows.offsets + column), (16, 16)), values", first="rows of other alignments",
-        unseen="It is true: the library allocates out, and its rows have a multiple of 8 elements.",
+        equivalent=True, unseen="It is true: the library allocates out, and its rows have a multiple of 8 elements.",
     ),
     Mutation(
         "row unit of 8 for multiples of 4", LAUNCH, "& 7 else 8", "& 3 else 8", first="rows of other alignments",
@@ -311,7 +313,7 @@ SOURCE = [
     ),
     Mutation(
         "programs beyond their sequence go on", PACKED, "        return\n    begin_k", "        pass\n    begin_k",
-        unseen="Every load and store of such a program is masked. It takes time and does nothing.",
+        equivalent=True, unseen="Every load and store of such a program is masked. It takes time and does nothing.",
     ),
     Mutation(
         "first key of a sequence in int32", PACKED, "begin_k = begin_k.to(tl.int64)", "begin_k = begin_k",
