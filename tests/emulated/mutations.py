@@ -79,7 +79,8 @@ SOURCE = [
     Mutation(
         "edge rows undefined instead of 0", ROWS, "tl.load(pointers, mask=inside[:, None], other=0.0)",
         "tl.load(pointers, mask=inside[:, None])",
-        equivalent=True, unseen="Triton 3.7 writes 0 to the registers of every masked load: the rows are 0 all the same.",
+        equivalent=True,
+        unseen="Triton 3.7 writes 0 to the registers of every masked load: the rows are 0 all the same.",
     ),
     Mutation(
         "load of padded columns without a mask", ROWS, "(inside[:, None] & (column < DIM)) if CHECK",
