@@ -42,7 +42,7 @@ TABLE: dict[str, dict[int, dict[int, Tile]]] = {
         32: {
             96: Tile(64, 32, 8, 1), 192: Tile(32, 32, 8, 1),
             256: Tile(16, 16, 8, 1),
-            512: Tile(16, 16, 8, 1),
+            512: Tile(16, 16, 4, 1),  # all 64 KiB of shared memory; 8 warps need 65
         },
     },
     # 16 bits up to 192: among the fastest in the model; ties go to the tile that spills least.
