@@ -2,10 +2,12 @@
 
     python tests/fuzz.py --calls 20000 --seed 0 --backend cpu
     python tests/fuzz.py --seed 0 --only 1234        # repeats one call
+    python tests/fuzz.py --packed --calls 2000       # of attention_varlen
 
 Seed, backend and index determine a call. In `fuzzing/`, `calls.py` draws the calls and `source.py` makes their tensors.
 `oracle.py` computes the expected results, `broken.py` lists invalid calls, and `shrink.py` simplifies failing calls.
 A failure is printed at once, with a program that reproduces it. The exit code is 1 if a call failed.
+Packed calls are drawn in `packed.py`; their failures are printed by index.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from fuzzing.oracle import Expected, expect, numbers, worst
 from fuzzing.shrink import shrink, traits
 from fuzzing.source import build, reproducer
 from interpreter import repaired
+from packed import assert_packed, random_call
 
 import entropy_attn
 
@@ -202,6 +205,26 @@ def fuzz(
     return kinds
 
 
+def fuzz_packed(
+    indices: Iterable[int], seed: int, backend: str = "cpu", device: str = "cpu", say: Callable[[str], None] = print
+) -> Counter[str]:
+    """As `fuzz`, with calls of `attention_varlen`."""
+    kinds: Counter[str] = Counter()
+    try:
+        for index in indices:
+            pack, options, scale = random_call(seed * 10**9 + index, device)
+            asked = {"return_entropy": True, "return_lse": True, "backend": backend}
+            try:
+                result = entropy_attn.attention_varlen(*pack.arguments, **options, **asked)
+                assert_packed(result, pack, scale, options["is_causal"])
+            except Exception as error:
+                kinds[type(error).__name__] += 1
+                say(f"packed call {index}: {pack.lengths_q}, {pack.lengths_k}, {options}: {_told(error)}")
+    except KeyboardInterrupt:
+        say("interrupted")
+    return kinds
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Random calls of attention against its definition in float64.")
     parser.add_argument("--calls", type=int, default=20000)
@@ -209,11 +232,16 @@ def main() -> int:
     parser.add_argument("--backend", default="cpu", choices=("cpu", "triton", "reference", "auto"))
     parser.add_argument("--only", type=int, metavar="I", help="make call I alone, and print its program")
     parser.add_argument("--shrinks", type=int, default=25, metavar="N", help="simplify this many failures at most")
+    parser.add_argument("--packed", action="store_true", help="make calls of attention_varlen")
     given = parser.parse_args()
     device = "cuda" if given.backend == "triton" and torch.cuda.is_available() else "cpu"
     kinds: Counter[str] = Counter()
     with repaired() if os.environ.get("TRITON_INTERPRET") == "1" else contextlib.nullcontext():
-        if given.only is not None:
+        if given.packed:
+            progress = tqdm(range(given.calls) if given.only is None else [given.only], unit="call", smoothing=0)
+            kinds = fuzz_packed(progress, given.seed, given.backend, device, progress.write)
+            progress.close()
+        elif given.only is not None:
             call = draw(given.seed, given.only, given.backend, device, tuple(WAYS))
             print(f"# {call}\n{reproducer(call, '')}")
             kinds = fuzz([given.only], given.seed, given.backend, device, shrinks=given.shrinks)

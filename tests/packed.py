@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from support import Inputs, assert_results, normal, truth
@@ -90,3 +92,30 @@ def assert_packed(result, pack: Pack, scale: torch.Tensor | None = None, is_caus
     assert (out[end:] == 0).all()
     assert entropy is None or (entropy[:, end:] == 0).all()
     assert lse is None or (lse[:, end:] == -math.inf).all()
+
+
+def random_call(seed: int, device: str = "cpu") -> tuple[Pack, dict[str, Any], torch.Tensor]:
+    """A pack, options of `attention_varlen` and λ (S, H), at random."""
+    r = random.Random(seed)
+    S, Hkv, group, D = r.randrange(6), r.choice((1, 2)), r.choice((1, 1, 2)), r.choice((8, 16, 40, 72))
+    lengths = [[r.choice((0, 1, 2, 15, 16, 17, 63, 64, 65, 100, 130)) for _ in range(S)] for _ in range(2)]
+    Dv, dtype, spare = r.choice((D, 24)), r.choice((torch.float32, torch.float16, torch.bfloat16)), r.choice((0, 0, 5))
+    p = pack(*lengths, Hkv * group, Hkv, D, Dv, dtype, device, spare)
+    if r.random() < 0.5:  # heads first in memory
+        p.query, p.key, p.value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (p.query, p.key, p.value))
+    options = {"is_causal": r.random() < 0.4, "enable_gqa": group > 1}
+    kind = r.choice(("default", "rule", "rule", "rules", "tensor"))
+    wanted = scales(p)
+    if kind == "rule":
+        T, H_T = r.choice((2, 64, 10**6)), r.choice((0, 0.5))
+        options |= {"train_tokens": T, "train_entropy": H_T}
+        wanted = scales(p, T, H_T)
+    elif kind == "rules":
+        T, H_T = [r.choice((9, 64, 10**6)) for _ in range(S)], [r.choice((0.0, 0.7, 2.0)) for _ in range(S)]
+        options |= {"train_tokens": torch.tensor(T, dtype=torch.int64), "train_entropy": torch.tensor(H_T)}
+        wanted = scales(p, T, H_T)
+    elif kind == "tensor":
+        options["scale"] = normal(S, Hkv * group, seed=seed) * 0.2
+        wanted = options["scale"].double()
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    return p, options, wanted

@@ -34,6 +34,20 @@ def test_triton(first):
     found_in(range(first, first + 12), backend="triton", device="cuda" if GPU else "cpu")
 
 
+def test_packed_calls(monkeypatch):
+    assert not fuzz.fuzz_packed(range(100, 160), seed=0)
+    varlen, said = entropy_attn.attention_varlen, []
+
+    def one_key_less(query, key, value, cu_seqlens_q, cu_seqlens_k, *longest, **options):
+        fewer = torch.cat([cu_seqlens_k[:1], (cu_seqlens_k[1:] - 1).clamp(min=0)])
+        return varlen(query, key, value, cu_seqlens_q, fewer, *longest, **options)
+
+    monkeypatch.setattr(entropy_attn, "attention_varlen", one_key_less)
+    kinds = fuzz.fuzz_packed(range(20), seed=0, say=said.append)
+    assert sum(kinds.values()) == len(said) > 10
+    assert said[0].startswith("packed call ")
+
+
 def broken_in(way):
     first = 100 * list(WAYS).index(way)
     calls = (draw(0, index, broken=(way,)) for index in range(first, first + 100))

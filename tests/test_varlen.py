@@ -1,11 +1,10 @@
 """attention_varlen: packed sequences of different lengths, with λ from the length of each."""
 
 import math
-import random
 
 import pytest
 import torch
-from packed import Pack, assert_packed, pack, scales
+from packed import Pack, assert_packed, pack, random_call, scales
 from support import BACKENDS, INTERPRETED, normal
 
 from entropy_attn import attention, attention_varlen
@@ -242,32 +241,6 @@ def test_a_sequence_sees_no_other(backend):
         assert torch.equal(before.out[rows], after.out[rows])
         assert torch.equal(before.entropy[:, rows], after.entropy[:, rows])
         assert torch.equal(before.lse[:, rows], after.lse[:, rows])
-
-
-def random_call(seed):
-    """A pack, options of `attention_varlen` and λ (S, H), at random."""
-    r = random.Random(seed)
-    S, Hkv, group, D = r.randrange(6), r.choice((1, 2)), r.choice((1, 1, 2)), r.choice((8, 16, 40, 72))
-    lengths = [[r.choice((0, 1, 2, 15, 16, 17, 63, 64, 65, 100, 130)) for _ in range(S)] for _ in range(2)]
-    Dv, dtype, spare = r.choice((D, 24)), r.choice(DTYPES), r.choice((0, 0, 5))
-    p = pack(*lengths, Hkv * group, Hkv, D, Dv, dtype, spare=spare)
-    if r.random() < 0.5:  # heads first in memory
-        p.query, p.key, p.value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (p.query, p.key, p.value))
-    options = {"is_causal": r.random() < 0.4, "enable_gqa": group > 1}
-    kind = r.choice(("default", "rule", "rule", "rules", "tensor"))
-    wanted = scales(p)
-    if kind == "rule":
-        T, H_T = r.choice((2, 64, 10**6)), r.choice((0, 0.5))
-        options |= {"train_tokens": T, "train_entropy": H_T}
-        wanted = scales(p, T, H_T)
-    elif kind == "rules":
-        T, H_T = [r.choice((9, 64, 10**6)) for _ in range(S)], [r.choice((0.0, 0.7, 2.0)) for _ in range(S)]
-        options |= {"train_tokens": torch.tensor(T, dtype=torch.int64), "train_entropy": torch.tensor(H_T)}
-        wanted = scales(p, T, H_T)
-    elif kind == "tensor":
-        options["scale"] = normal(S, Hkv * group, seed=seed) * 0.2
-        wanted = options["scale"].double()
-    return p, options, wanted
 
 
 @pytest.mark.parametrize("seed", range(60))
