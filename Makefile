@@ -24,7 +24,7 @@ test-emulated: $(READY)
 		--deselect tests/test_gpu.py::test_compiled_by_inductor
 
 # Can those tests fail? Breaks the kernel and its launch in every way of tests/emulated/mutations.py, and writes what saw
-# it to tests/emulated/mutants.md. A quarter of an hour.
+# it to tests/emulated/mutants.md. Twenty minutes.
 mutants: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m emulated.mutants
 
