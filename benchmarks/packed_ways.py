@@ -34,6 +34,11 @@ class Batch(NamedTuple):
         for N, stop in zip(self.lengths, itertools.accumulate(self.lengths), strict=True):
             yield N, [x[stop - N : stop].transpose(0, 1)[None] for x in self.packed]
 
+    @property
+    def image(self) -> torch.Tensor:
+        """The image of each token, (total,)."""
+        return torch.repeat_interleave(self.num_tokens)
+
     def from_padded(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens (total, H, D) of a padded tensor (B, H, longest N, D)."""
         return torch.cat([each[:, :N].transpose(0, 1) for each, N in zip(x, self.lengths, strict=True)])
@@ -90,8 +95,7 @@ def flex_attention(batch: Batch) -> Callable[[], torch.Tensor]:
 
     torch._dynamo.reset()  # after 8 recompilations it would run uncompiled
     device = batch.num_tokens.device
-    image = torch.repeat_interleave(batch.num_tokens)  # of each token
-    scale, total = batch.scale, sum(batch.lengths)
+    image, scale, total = batch.image, batch.scale, sum(batch.lengths)
     same = create_block_mask(lambda b, h, i, j: image[i] == image[j], None, None, total, total, device=device)
     query, key, value = (x.transpose(0, 1)[None] for x in batch.packed)
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -127,7 +131,7 @@ def varlen_attn(batch: Batch) -> Callable[[], torch.Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(batch.lengths)
-    image = torch.repeat_interleave(batch.num_tokens)  # of each token
+    image = batch.image
 
     def way() -> torch.Tensor:
         query, key, value = batch.packed

@@ -63,8 +63,7 @@ def without_causal_bias(attn_mask, is_causal, query, key):
 
 def bhnd(query, key, value, layout):
     """The three tensors as views with the axes (B, H, N, D)."""
-    if layout not in ("bhnd", "bnhd"):
-        raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
+    check_layout(layout)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         plain_tensor(name, tensor)
         if tensor.dim() != 4:
@@ -72,6 +71,11 @@ def bhnd(query, key, value, layout):
     if layout == "bnhd":
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return query, key, value
+
+
+def check_layout(layout) -> None:
+    if layout not in ("bhnd", "bnhd"):
+        raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
 
 
 def flag(name: str, value) -> bool:
@@ -96,6 +100,16 @@ def integer(name: str, value, kinds: str = "an int"):
     return value
 
 
+def integer_from(name: str, value, least: int):
+    """`value` as an int of at least `least`."""
+    if value is None:
+        raise TypeError(f"{name} must be an int, got NoneType")
+    value = integer(name, value)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
 def real(name: str, value, kinds: str = "a float"):
     """`value` as a number, a symbolic one while tracing; numpy's are taken too."""
     if isinstance(value, (np.floating, np.integer)):
@@ -105,6 +119,16 @@ def real(name: str, value, kinds: str = "a float"):
     if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
         raise ValueError(f"{name} must be finite in float64, got an int of {value.bit_length()} bits")
     return value
+
+
+def check_no_dropout(dropout_p) -> None:
+    if real("dropout_p", dropout_p) != 0:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p}: this is attention for inference")
+
+
+def check_head_dim(D) -> None:
+    if D == 0:
+        raise ValueError("query must have a head dim of at least 1, got 0")
 
 
 def scale_number(scale):
@@ -140,8 +164,7 @@ def operator_arguments(
     return_entropy, return_lse = flag("return_entropy", return_entropy), flag("return_lse", return_lse)
     attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query, key)
     backend = backend_name(backend)
-    if real("dropout_p", dropout_p) != 0:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}: this is attention for inference")
+    check_no_dropout(dropout_p)
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask cannot be given together: put the causal part into attn_mask")
     check_dtypes(query, key, value)
@@ -195,8 +218,7 @@ def _check_shapes(query, key, value, enable_gqa) -> None:
     B, H, _, D = query.shape
     Bk, Hkv, Nk, Dk = key.shape
     Bv, Hv, Nv, _ = value.shape
-    if D == 0:
-        raise ValueError("query must have a head dim of at least 1, got 0")
+    check_head_dim(D)
     if Bk != B or Bv != B:
         raise ValueError(
             f"query, key and value must have the same batch size, got {B}, {Bk} and {Bv} "

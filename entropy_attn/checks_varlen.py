@@ -23,8 +23,8 @@ def operator_arguments(
             f"cu_seqlens_k must have the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}, "
             f"got {tuple(cu_seqlens_k.shape)}"
         )
-    max_seqlen_q = _length("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = _length("max_seqlen_k", max_seqlen_k)
+    max_seqlen_q = checks.integer_from("max_seqlen_q", max_seqlen_q, 0)
+    max_seqlen_k = checks.integer_from("max_seqlen_k", max_seqlen_k, 0)
     S, H = cu_seqlens_q.shape[0] - 1, query.shape[1]
     scale_tensor = train_tokens_tensor = train_entropy_tensor = None
     _check_rule(scale, train_tokens, train_entropy)
@@ -65,8 +65,7 @@ def _check_inputs(query, key, value, enable_gqa) -> None:
     checks.check_dtypes(query, key, value)
     _, H, D = query.shape
     total_k, Hkv, Dk = key.shape
-    if D == 0:
-        raise ValueError("query must have a head dim of at least 1, got 0")
+    checks.check_head_dim(D)
     if Dk != D:
         raise ValueError(f"key must have the head dim of query, {D}, got {Dk}")
     if tuple(value.shape[:2]) != (total_k, Hkv):
@@ -84,15 +83,6 @@ def _check_cu_seqlens(name: str, cu_seqlens, query) -> None:
     checks.check_device(name, cu_seqlens, query)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name} must have shape (S + 1,) for S sequences, got {tuple(cu_seqlens.shape)}")
-
-
-def _length(name: str, value):
-    if value is None:
-        raise TypeError(f"{name} must be an int, got None")
-    value = checks.integer(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return value
 
 
 def _check_rule(scale, train_tokens, train_entropy) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from entropy_attn.checks import integer, module_of, real, type_of
+from entropy_attn.checks import check_layout, check_no_dropout, integer, module_of, type_of
 from entropy_attn.output import AttentionOutput
 from entropy_attn.varlen import attention_varlen
 
@@ -19,14 +19,12 @@ def is_jagged(tensor) -> bool:
 
 def attention_jagged(query, key, value, attn_mask, dropout_p, num_tokens, layout, **options: Any):
     """`attention` of jagged tensors (B, H, N, D), or (B, N, H, D) with layout="bnhd", with the N of each sequence."""
-    if layout not in ("bhnd", "bnhd"):
-        raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
+    check_layout(layout)
     if attn_mask is not None:
         raise ValueError("attn_mask must be None where query is a jagged nested tensor")
     if integer("num_tokens", num_tokens, "None where query is a jagged nested tensor") is not None:
         raise ValueError(f"num_tokens must be None where query is a jagged nested tensor, got {num_tokens}")
-    if real("dropout_p", dropout_p) != 0:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}: this is attention for inference")
+    check_no_dropout(dropout_p)
     inputs = {"query": query, "key": key, "value": value}
     packed = {name: _packed(name, tensor, layout) for name, tensor in inputs.items()}
     of_queries, of_keys = (packed[name][1] for name in ("query", "key"))

@@ -58,7 +58,7 @@ def causal_entropy(
         beyond_training_only: leave rows of N_i <= T keys at 1/sqrt(D), as a model that was trained with 1/sqrt(D) at
             every row needs it.
     """
-    T = _integer("train_tokens", train_tokens, at_least=2)
+    T = checks.integer_from("train_tokens", train_tokens, 2)
     H_T = _real("train_entropy", train_entropy)
     if not 0 <= H_T < math.log(T):
         raise ValueError(f"train_entropy must be in 0 … ln(train_tokens) = {math.log(T):.4f} nats, got {H_T}")
@@ -86,7 +86,7 @@ def log_n(
         train_tokens: T, the length of the training sequences; at least 2.
         beyond_training_only: leave rows of N_i <= T keys at 1/sqrt(D).
     """
-    T = _integer("train_tokens", train_tokens, at_least=2)
+    T = checks.integer_from("train_tokens", train_tokens, 2)
     rows = _Rows(query, positions, layout)
     return rows.scale(_keys_seen(rows.positions, T, beyond_training_only).double().log() / math.log(T))
 
@@ -132,7 +132,7 @@ def llama4(
         floor_scale: in tokens, at least 1.
         attn_scale: a finite number.
     """
-    floor_scale = _integer("floor_scale", floor_scale, at_least=1)
+    floor_scale = checks.integer_from("floor_scale", floor_scale, 1)
     attn_scale = _real("attn_scale", attn_scale)
     rows = _Rows(query, positions, layout)
     return rows.scale(1 + attn_scale * _log1p_floor(rows.positions + 1, floor_scale))
@@ -157,7 +157,7 @@ def ministral3(
         original_max_position_embeddings: in tokens, at least 1.
         llama_4_scaling_beta: β, a finite number.
     """
-    length = _integer("original_max_position_embeddings", original_max_position_embeddings, at_least=1)
+    length = checks.integer_from("original_max_position_embeddings", original_max_position_embeddings, 1)
     beta = _real("llama_4_scaling_beta", llama_4_scaling_beta)
     rows = _Rows(query, positions, layout)
     return rows.scale(1 + beta * _log1p_floor(rows.positions, length))
@@ -179,7 +179,7 @@ def grok(
         query, positions, layout: see the module.
         attn_temperature_len: L in tokens, at least 2.
     """
-    L = _integer("attn_temperature_len", attn_temperature_len, at_least=2)
+    L = checks.integer_from("attn_temperature_len", attn_temperature_len, 2)
     rows = _Rows(query, positions, layout)
     return rows.scale(rows.positions.clamp(min=L).double().log() / math.log(L))
 
@@ -208,8 +208,8 @@ def longrope(
     Returns:
         λ as a tensor of shape ().
     """
-    M = _integer("max_position_embeddings", max_position_embeddings, at_least=1)
-    L = _integer("original_max_position_embeddings", original_max_position_embeddings, at_least=2)
+    M = checks.integer_from("max_position_embeddings", max_position_embeddings, 1)
+    L = checks.integer_from("original_max_position_embeddings", original_max_position_embeddings, 2)
     _, _, _, D = _shape(query, layout)
     return torch.full((), max(1.0, math.log(M) / math.log(L)) / math.sqrt(D), dtype=_dtype(query), device=query.device)
 
@@ -254,8 +254,7 @@ def _shape(query: torch.Tensor, layout: str) -> tuple[int, int, int, int]:
     if not query.is_floating_point():
         raise ValueError(f"query must be a floating tensor, got {query.dtype}")
     B, H, Nq, D = query.shape
-    if D == 0:
-        raise ValueError("query must have a head dim of at least 1, got 0")
+    checks.check_head_dim(D)
     return B, H, Nq, D
 
 
@@ -272,15 +271,6 @@ def _keys_seen(positions: torch.Tensor, train_tokens: int, beyond_training_only:
 def _log1p_floor(tokens: torch.Tensor, length: int) -> torch.Tensor:
     """ln(1 + floor(tokens / length)). The division is of integers, so it steps where it must at any length."""
     return (tokens // length).double().log1p()
-
-
-def _integer(name: str, value: int, at_least: int) -> int:
-    if value is None:
-        raise TypeError(f"{name} must be an int, got NoneType")
-    value = checks.integer(name, value)
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    return value
 
 
 def _real(name: str, value: float, kinds: str = "a float") -> float:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from support import Inputs, assert_results, normal, truth
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass
 class Pack:
@@ -99,7 +101,7 @@ def random_call(seed: int, device: str = "cpu") -> tuple[Pack, dict[str, Any], t
     r = random.Random(seed)
     S, Hkv, group, D = r.randrange(6), r.choice((1, 2)), r.choice((1, 1, 2)), r.choice((8, 16, 40, 72))
     lengths = [[r.choice((0, 1, 2, 15, 16, 17, 63, 64, 65, 100, 130)) for _ in range(S)] for _ in range(2)]
-    Dv, dtype, spare = r.choice((D, 24)), r.choice((torch.float32, torch.float16, torch.bfloat16)), r.choice((0, 0, 5))
+    Dv, dtype, spare = r.choice((D, 24)), r.choice(DTYPES), r.choice((0, 0, 5))
     p = pack(*lengths, Hkv * group, Hkv, D, Dv, dtype, device, spare)
     if r.random() < 0.5:  # heads first in memory
         p.query, p.key, p.value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (p.query, p.key, p.value))

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from packed import Pack, assert_packed, pack, random_call, scales
+from packed import DTYPES, Pack, assert_packed, pack, random_call, scales
 from support import BACKENDS, INTERPRETED, normal
 
 from entropy_attn import attention, attention_varlen
 
 BOTH = {"return_entropy": True, "return_lse": True}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = {
     "many": ((3, 130, 1, 64), (3, 130, 1, 64)),
     "cross": ((7, 40, 2), (130, 1, 33)),
