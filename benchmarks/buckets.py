@@ -68,7 +68,7 @@ def measure(case: dict[str, Any], names: list[str], rounds: int, device: str) ->
                 ways[name] = way
         except Exception as failure:  # whatever a library raises, a missing compiler included
             harness.check_device(device, failure)
-            rows[name] |= {"status": "not run", "reason": reason(failure)}
+            rows[name] |= {"status": "not run", "reason": harness.first_line(failure)}
     failed: dict[str, Exception] = {}
     times = harness.interleaved(ways, rounds, device, failed=failed)
     for name, taken in times.items():
@@ -76,12 +76,8 @@ def measure(case: dict[str, Any], names: list[str], rounds: int, device: str) ->
         rows[name] |= {"ms": middle, "ms_low": low, "ms_high": high}
         rows[name] |= {"time_to_base": harness.ratio(taken, times[BASE])} if BASE in times else {}
     for name, failure in failed.items():
-        rows[name] |= {"status": "not run", "reason": reason(failure)}
+        rows[name] |= {"status": "not run", "reason": harness.first_line(failure)}
     return list(rows.values())
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:

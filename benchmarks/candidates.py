@@ -61,13 +61,9 @@ def compile_obstacle(architecture: str, dtype: str, head_dim: int, tile: Tile) -
     try:
         used = aot.resources(aot.compile_kernel(architecture, dtype, head_dim, tile=tile))
     except Exception as error:  # whatever the compiler raises
-        return first_line(error)
+        return harness.first_line(error)
     limit = aot.SHARED_MEMORY[architecture]
     return f"needs {used.shared} bytes of shared memory, {limit} are there" if used.shared > limit else None
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def candidates(architecture: str, dtype: str, head_dim: int) -> dict[Tile, str | None]:

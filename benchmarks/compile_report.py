@@ -59,7 +59,7 @@ def measure(case: Case) -> dict[str, Any]:
         kernel = aot.compile_config(case.architecture, case.dtype, config)
         loop = sass.main_loop(sass.disassemble(kernel))
     except Exception as error:  # whatever the compiler raises; the other tiles are compiled all the same
-        return row | {"status": "failed", "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return row | {"status": "failed", "error": harness.first_line(error)}
     used = aot.resources(kernel)
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     programs = occupancy(case.architecture, used.registers, tile.num_warps, used.shared, columns)

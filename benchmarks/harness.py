@@ -145,6 +145,10 @@ class DeviceLostError(RuntimeError):
     """The device no longer works in this process, as after an illegal memory access."""
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def check_device(device: str, error: Exception) -> None:
     """Raise DeviceLostError if the device cannot be used any more after `error`. Out of memory leaves it usable."""
     if torch.device(device).type != "cuda":

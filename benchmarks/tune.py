@@ -26,7 +26,7 @@ from typing import Any
 import harness
 import results
 import torch
-from candidates import candidates, compile_obstacle, first_line, label, read, store
+from candidates import candidates, compile_obstacle, label, read, store
 from tqdm import tqdm
 
 from entropy_attn import attention
@@ -62,7 +62,7 @@ def wrong(tile: Tile, dtype: str, head_dim: int, device: str) -> str | None:
         plain = run(tile, query, key, value, entropy=False)
     except Exception as error:  # whatever the compiler or the driver raises, out of resources included
         harness.check_device(device, error)
-        return first_line(error)
+        return harness.first_line(error)
     given = {"output": result[0], "entropy": result[1], "output without entropy": plain[0]}
     right = {"output": expected.out, "entropy": expected.entropy, "output without entropy": expected.out}
     output_allowed = 32 * torch.finfo(query.dtype).eps * float(expected.out.abs().max())
