@@ -18,6 +18,7 @@ from entropy_attn.diffusers import calibrate, enable
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PAPER = BENCHMARKS / "paper"
+OWN = ("glyphs", "metrics", "harness", "pixels", "results", "training")  # modules of the benchmarks
 
 
 @pytest.fixture
@@ -28,12 +29,13 @@ def glyphs(monkeypatch):
     import glyphs.recogniser
     import glyphs.train
     import metrics
+    import training
 
     yield argparse.Namespace(
         data=glyphs.data, designs=glyphs.designs, pipeline=glyphs.pipeline, recogniser=glyphs.recogniser,
-        train=glyphs.train, metrics=metrics,
+        train=glyphs.train, training=training, metrics=metrics,
     )  # fmt: skip
-    for name in [name for name in sys.modules if name.split(".")[0] in ("glyphs", "metrics", "harness", "results")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
         del sys.modules[name]  # other tests may import other modules of these names
 
 
@@ -71,15 +73,18 @@ def test_a_missing_recogniser_is_named(glyphs, tmp_path):
 
 
 def arguments_for(out, **changed):
-    chosen = {"design": "plain", "steps": 4, "batch": 4, "images": 40, "rate": 1e-3, "seed": 5, "processes": 1}
+    chosen = {"design": "plain", "steps": 4, "batch": 4, "images": 40, "rate": 1e-3, "seed": 5, "processes": 1, "dtype": "float32"}
     return argparse.Namespace(**(chosen | changed), out=out)
 
 
 def train(glyphs, out, monkeypatch, stop_after=None, **changed):
-    monkeypatch.setattr(glyphs.train, "SAVED_EVERY", 1)
+    monkeypatch.setattr(glyphs.training, "SAVED_EVERY", 1)
     threads = torch.get_num_threads()
+    arguments = arguments_for(out, **changed)
+    task = glyphs.train.Glyphs(arguments.design, arguments.images, arguments.seed)
+    task.prepare()
     try:
-        for step, _ in glyphs.train.steps_of(arguments_for(out, **changed), 0):
+        for step, _ in glyphs.training.steps_of(task, arguments, 0):
             if step == stop_after:
                 return
     finally:
@@ -134,7 +139,7 @@ def test_every_design_makes_a_pipeline(glyphs, design):
     from diffusers import DPMSolverMultistepScheduler
 
     unet, embedder = glyphs.designs.build(design), glyphs.pipeline.LabelEmbedder()
-    pipe = glyphs.pipeline.GlyphPipeline(unet, embedder, DPMSolverMultistepScheduler(**glyphs.train.NOISE))
+    pipe = glyphs.pipeline.GlyphPipeline(unet, embedder, DPMSolverMultistepScheduler(**glyphs.training.NOISE))
     pipe.set_progress_bar_config(disable=True)
     images = pipe(labels=[1, 2], height=32, width=16, num_inference_steps=2, generator=seeded(0), output_type="pt")
     assert images.images.shape == (2, 1, 32, 16)

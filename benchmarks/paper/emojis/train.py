@@ -1,0 +1,103 @@
+"""Trains the embedded emoji pipeline: `python benchmarks/paper/emojis/train.py`. The same command continues a training.
+
+It downloads the emoji of four artists, 9 MB, and draws them with resvg_py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import training
+from emojis import data, model, prompts
+from emojis.pipeline import EmojiPipeline
+from pixels import denoise
+from tqdm import tqdm
+
+NO_STYLE = 0.15  # share of the prompts without a style
+AT_ONCE = 96  # training images that are drawn at once
+
+
+class Denoiser(torch.nn.Module):
+    """The trained module: the denoiser and the embedder of its prompts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedder = model.PromptEmbedder()
+        self.unet = model.build()
+
+    def forward(self, samples: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return denoise(self.unet, samples, timesteps, self.embedder(ids))
+
+
+@dataclass
+class Emoji:
+    """The objects are drawn once, into a file that all processes read. Their ground and prompt change every time."""
+
+    count: int
+    seed: int
+    out: Path
+
+    @property
+    def file(self) -> Path:
+        return self.out / f"objects-{self.count}-{self.seed}.npy"
+
+    def kinds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Thing and style of every drawn object, (count,) each."""
+        numbers = torch.arange(self.count)
+        return numbers % len(data.THINGS), numbers // len(data.THINGS) % len(prompts.STYLES)
+
+    def prepare(self) -> None:
+        if self.file.exists():
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(self.seed)
+        things, styles = self.kinds()
+        part = self.file.with_suffix(".part")
+        objects = np.lib.format.open_memmap(part, "w+", np.uint8, (self.count, 4, model.SIZE, model.SIZE))
+        for start in tqdm(range(0, self.count, AT_ONCE), desc="objects"):
+            some = slice(start, start + AT_ONCE)
+            objects[some] = data.render(things[some], styles[some], model.SIZE, model.SIZE, generator).numpy()
+        objects.flush()
+        part.replace(self.file)
+
+    def build(self) -> torch.nn.Module:
+        return Denoiser()
+
+    def images(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.randint(self.count, (size,), generator=generator)
+        colours = torch.randint(len(prompts.COLOURS), (size,), generator=generator)
+        objects = np.load(self.file, mmap_mode="r")[chosen.numpy()]
+        clean = data.on_ground(torch.from_numpy(objects), colours) * 2 - 1
+        things, styles = (kind[chosen].tolist() for kind in self.kinds())
+        left_out = torch.rand(2, size, generator=generator)
+        texts = []
+        for place, colour in enumerate(colours.tolist()):
+            style = "" if left_out[1, place] < NO_STYLE else prompts.STYLES[styles[place]]
+            text = prompts.prompt_of(data.THINGS[things[place]], list(prompts.COLOURS)[colour], style)
+            texts.append("" if left_out[0, place] < training.NO_CONDITION else text)
+        return clean, prompts.ids_of(texts)
+
+    def save(self, average: torch.nn.Module, out: Path) -> None:
+        EmojiPipeline(average.unet.half(), average.embedder.half(), training.scheduler()).save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    training.add_arguments(parser, steps=4000, batch=32, images=28800, rate=1e-3, out=Path("build/emojis"))
+    parser.set_defaults(dtype="bfloat16")
+    arguments = parser.parse_args()
+    training.check_arguments(parser, arguments)
+    training.train(Emoji(arguments.images, arguments.seed, arguments.out), arguments)
+
+
+if __name__ == "__main__":
+    main()
