@@ -10,7 +10,7 @@ import torch
 from entropy_attn.diffusers.calibration import Calibration, of_model
 from entropy_attn.diffusers.enable import enable, is_enabled
 from entropy_attn.diffusers.models import find_denoisers, pixels_per_sample, read_model
-from entropy_attn.diffusers.record import EntropyRecord
+from entropy_attn.entropy.record import EntropyRecord
 
 
 def calibrate(

@@ -14,10 +14,10 @@ import torch
 
 from entropy_attn.diffusers.calibration import Calibration, ModelCalibration
 from entropy_attn.diffusers.models import Reading, find_denoisers, find_layers, join, read_model
-from entropy_attn.diffusers.record import EntropyRecord
-from entropy_attn.diffusers.rule import Rule
 from entropy_attn.diffusers.scaling import Context, Denoiser, Layer, attached
 from entropy_attn.diffusers.steps import Clock
+from entropy_attn.entropy.record import EntropyRecord
+from entropy_attn.entropy.rule import Rule
 
 
 def enable(
@@ -163,7 +163,7 @@ class Handle:
         N, T and the multiplier are None until the layer has run. T is None also for a layer that does not attend to the
         image, which keeps its trained scale.
         """
-        return [_describe(layer) for denoiser in self._denoisers for layer in denoiser.layers]
+        return [layer.describe() for denoiser in self._denoisers for layer in denoiser.layers]
 
     def __repr__(self) -> str:
         state = "enabled" if self.enabled else "disabled"
@@ -185,18 +185,6 @@ class Handle:
             lines.append("  ".join([line, *row["remarks"]]))
         lines += [f"skipped: {n} of {reason}" for reason, n in Counter(self._skipped).items()]
         return "\n".join(lines)
-
-
-def _describe(layer: Layer) -> dict:
-    seen = layer.last
-    tokens = None if seen is None else seen.tokens
-    return {
-        "layer": layer.name,
-        "tokens": None if seen is None else seen.keys if tokens is None else tokens.num_tokens,
-        "train_tokens": None if tokens is None else tokens.train_tokens,
-        "multiplier": None if seen is None else layer.multiplier_of(seen),
-        "remarks": list(layer.remarks),
-    }
 
 
 def _denoisers(

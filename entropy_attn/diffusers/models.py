@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-# (height, width) in latent samples; (frames, height, width); or (tokens,) where they come packed
-Grid = tuple[int, ...]
+from entropy_attn.entropy.tokens import Grid, count
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
 CONTAINERS = ("ControlNetXSAdapter",)  # of weights that run inside the UNet of their pipeline
@@ -32,13 +30,6 @@ NOT_IMAGE = (
 )  # fmt: skip
 # The modules that produce a query: a norm if there is one, else the projection, alone or in one with key and value.
 QUERIES = (("norm_q", "to_q", "to_qkv"), ("norm_added_q", "add_q_proj", "to_added_qkv"))
-
-
-class Tokens(NamedTuple):
-    """What a layer attends to now (N) and attended to at the trained size (T)."""
-
-    num_tokens: int
-    train_tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,35 +54,6 @@ class Reading:
         """The first one of the batch. Reading it synchronises with the device."""
         timestep: Any = kwargs["timestep"] if "timestep" in kwargs else args[self.timestep_position]
         return float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
-
-
-def count(grid: Grid, stride: Grid) -> int:
-    """The tokens of a grid of which every `stride`-th sample is one, as convolutions and patches leave them."""
-    return math.prod([-(-size // step) for size, step in zip(grid, stride, strict=True)])
-
-
-def match_tokens(
-    grid: Grid, train_grid: Grid, strides: tuple[Grid, ...], queries: int, keys: int, joint: str
-) -> Tokens | None:
-    """N and T of a layer that has `queries` and `keys` while the model sees `grid`; None if they are not its tokens.
-
-    The stride of a layer is the one that gives its number of tokens on `grid`; the same stride on `train_grid` gives
-    T. It is exact where the area ratio is not, as with the rounding of a 28 x 28 latent halved three times. Keys
-    beyond the grid's are taken for text in joint attention: with ``joint="keys"`` they count in both N and T, with
-    ``joint="image"`` in neither.
-    """
-    for stride in strides:
-        if count(grid, stride) == keys:
-            return Tokens(keys, count(train_grid, stride))
-    for stride in strides:
-        image = count(grid, stride)
-        if image < keys and (image == queries or len(strides) == 1):
-            train_image = count(train_grid, stride)
-            return Tokens(image, train_image) if joint == "image" else Tokens(keys, train_image + keys - image)
-    return None
-
-
-remembered_tokens = functools.lru_cache(maxsize=4096)(match_tokens)
 
 
 def queries_and_keys(args: tuple, kwargs: dict) -> tuple[int, int]:
