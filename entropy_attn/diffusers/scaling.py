@@ -293,9 +293,8 @@ class Layer:
         if call.scaled == 0 and not call.is_unscaled:
             self.multiplier = 1.0
             self.report(f"trained scale: {processor} makes its query without the module's own projection and norm")
-        if call.attended == 0 and (call.observe is not None or call.attention == "fused"):
-            what = "entropy not recorded" if call.observe is not None else "the model's own attention was used"
-            self.report(f"{what}: {processor} did not call F.scaled_dot_product_attention over {call.keys} keys")
+        if call.attended == 0 and call.missed:
+            self.report(f"{call.missed}: {processor} did not call F.scaled_dot_product_attention over {call.keys} keys")
 
     _end_eagerly = torch.compiler.disable(_end)
 
