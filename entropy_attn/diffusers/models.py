@@ -163,15 +163,14 @@ def read_model(model: torch.nn.Module, pipeline, train_size) -> Reading:
     if sample_name is None or "timestep" not in parameters:
         raise ValueError(f"{kind} is not a denoiser that is known: its forward takes no sample and timestep")
     axes, strides, stride = _layout(model, kind, sample_name, pipeline)
-    latent = _config_size(model, kind, pipeline) if train_size is None else _latent_size(train_size, stride, pipeline)
-    if latent is None:
-        raise ValueError(_no_train_size(kind, len(axes), pipeline))
+    if train_size is None:
+        latent = _config_latent(model, kind, stride, pipeline)
+    else:
+        latent = _given_latent(train_size, stride, pipeline)
     _check_latent(kind, model, latent, stride)
     train_grid = (count(latent, stride),) if axes == (1,) else latent
-    return Reading(
-        sample_name, parameters.index(sample_name),
-        parameters.index("timestep"), axes, strides, latent, train_grid,
-    )  # fmt: skip
+    positions = parameters.index(sample_name), parameters.index("timestep")
+    return Reading(sample_name, *positions, axes, strides, latent, train_grid)
 
 
 def _layout(model, kind: str, sample_name: str, pipeline) -> tuple[tuple[int, ...], tuple[Grid, ...], Grid]:
@@ -197,24 +196,22 @@ def _layout(model, kind: str, sample_name: str, pipeline) -> tuple[tuple[int, ..
     )
 
 
-def _config_size(model, kind: str, pipeline) -> Grid | None:
-    """The latent size (height, width) that a model says it was trained at."""
+def _config_latent(model, kind: str, stride: Grid, pipeline) -> Grid:
+    """The latent size that a model says it was trained at."""
     size = PACKED.get(kind) or getattr(model.config, "sample_size", None)
-    if size is None and pipeline is not None and hasattr(pipeline, "unet"):  # a ControlNet has its UNet's
+    if size is None and hasattr(pipeline, "unet"):  # a ControlNet has its UNet's
         size = getattr(pipeline.unet.config, "sample_size", None)
-    if size is None or isinstance(size, int):
-        return None if size is None else (size, size)
-    return tuple(size)
-
-
-def _no_train_size(kind: str, axes: int, pipeline) -> str:
-    if axes == 3:
-        return f"{kind} makes videos, and its config has no trained size: pass train_size=(frames, height, width)"
+    if size is not None:
+        return (size, size) if isinstance(size, int) else tuple(size)
+    if len(stride) == 3:
+        raise ValueError(
+            f"{kind} makes videos, and its config has no trained size: pass train_size=(frames, height, width)"
+        )
     unit = "latent samples" if pipeline is None else "pixels"
-    return f"{kind} has no sample_size in its config: pass train_size, in {unit}"
+    raise ValueError(f"{kind} has no sample_size in its config: pass train_size, in {unit}")
 
 
-def _latent_size(train_size, stride: Grid, pipeline) -> Grid:
+def _given_latent(train_size, stride: Grid, pipeline) -> Grid:
     """`train_size` as latent samples."""
     size = (train_size, train_size) if isinstance(train_size, int) and len(stride) == 2 else train_size
     wanted = "an int or (height, width)" if len(stride) == 2 else "(frames, height, width)"
