@@ -15,7 +15,7 @@ import tiny_pipelines as tiny
 import entropy_attn
 from entropy_attn.diffusers import EntropyRecord
 from entropy_attn.diffusers.steps import Clock
-from entropy_attn.entropy import Tokens
+from entropy_attn.entropy import Moment, Tokens
 from entropy_attn.entropy.plots import Run, fit
 
 
@@ -207,5 +207,7 @@ def test_bad_arguments():
         record.table(by=("layer", "colour"))
     with pytest.raises(TypeError, match="by must be"):
         record.table(by="layer")
+    with pytest.raises(ValueError, match=r"entropy must be \(B, H, Nq\), got shape \(2, 9\)"):
+        record.open_session("λ").add("layer", Moment(), Tokens(9), torch.ones(2, 9))
     with pytest.raises(ValueError, match="nothing to plot"):
         record.plot()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from entropy_attn.diffusers import sdpa
+from entropy_attn import sdpa
 from entropy_attn.diffusers.hooks import hide_from_dynamo, hook_call, hook_output, show_to_dynamo, unhook
 from entropy_attn.diffusers.models import Reading, own_multiplier, queries_and_keys, query_producers
 from entropy_attn.diffusers.steps import Clock, distinct_samples
@@ -75,10 +75,10 @@ class Denoiser:
 
     def attach(self) -> None:
         self.is_attached = True
+        self._register()
         hook_call(self.model, self.enter, self.leave)
         for layer in self.layers:
             layer.attach()
-        self._register()
 
     def _register(self) -> None:
         attached.add(self)

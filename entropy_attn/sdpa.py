@@ -1,7 +1,7 @@
-"""Our attention at SDPA: calls of ``F.scaled_dot_product_attention`` inside an enabled layer go to `attention`.
+"""`attention` in the place of ``F.scaled_dot_product_attention``, inside the attention modules that want it.
 
-The process-wide function is replaced while an enabled model needs it, for the entropy or for our kernel. Outside of
-enabled layers the replacement calls the function that it replaced.
+The process-wide function is replaced while it has users: see `install` and `release`. Its replacement calls `attention`
+while the call of such a module, a layer, is noted in `scope`. Otherwise it calls the function that it replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MODULE_CALL = torch.nn.Module.__call__.__code__
 
 @dataclass
 class LayerCall:
-    """One call of an enabled attention module, while it is in progress."""
+    """One call of a layer, while it is in progress."""
 
     module: torch.nn.Module
     multiplier: float | torch.Tensor  # λ √d
@@ -73,7 +73,7 @@ def scope() -> _Scope:
 
 
 def running_call() -> LayerCall | None:
-    """The call of an enabled layer in progress in this thread, or in the trace."""
+    """The call of a layer in progress in this thread, or in the trace."""
     here = scope()
     call = here.call
     if call is None or torch.compiler.is_compiling() or call.traced or is_running(call.module):
@@ -144,7 +144,7 @@ def _replacement(sdpa: Callable) -> Callable:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """SDPA; inside an enabled layer, that layer's attention."""
+        """SDPA; inside a layer, that layer's attention."""
         if torch.jit.is_scripting():
             return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         else:
@@ -161,7 +161,7 @@ _REPLACEMENT = _replacement(F.scaled_dot_product_attention).__code__
 def _attend(sdpa: Callable, query: torch.Tensor, key: torch.Tensor, *rest, **options) -> torch.Tensor:
     call, here = running_call(), scope()
     if not torch.compiler.is_compiling() and not _users:
-        _settle()  # another library restored our replacement after the last handle was disabled
+        _settle()  # another library restored our replacement after the last user was gone
     if call is None or key.shape[-2] != call.keys:  # an IP-Adapter attends to its image tokens by another call
         return sdpa(query, key, *rest, **options)
     call.attended += 1
