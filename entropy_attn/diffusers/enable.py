@@ -16,7 +16,7 @@ from entropy_attn.diffusers.calibration import Calibration, ModelCalibration
 from entropy_attn.diffusers.models import Reading, find_denoisers, find_layers, join, read_model
 from entropy_attn.diffusers.scaling import Context, Denoiser, Layer, attached
 from entropy_attn.diffusers.steps import Clock
-from entropy_attn.entropy.record import EntropyRecord
+from entropy_attn.entropy.record import EntropyRecord, cell
 from entropy_attn.entropy.rule import Rule
 
 
@@ -84,7 +84,7 @@ def enable(
     rule = Rule(exponent, min_multiplier, max_multiplier, steps)
     models = find_denoisers(pipe_or_model)
     pipeline = None if isinstance(pipe_or_model, torch.nn.Module) else pipe_or_model
-    context = Context(attention, joint, strict, None, None, None if pipeline is None else weakref.ref(pipeline))
+    context = Context(attention, joint, strict, None if pipeline is None else weakref.ref(pipeline))
     denoisers, skipped = _denoisers(models, pipeline, train_size, rule, calibration, match_entropy, context)
     layers = [layer for denoiser in denoisers for layer in denoiser.layers]
     _override(layers, overrides)
@@ -179,10 +179,8 @@ class Handle:
             f"{'layer':{width}}  {'T':>6}  {'N':>6}  λ√d",
         ]
         for row in rows:
-            multiplier = "-" if row["multiplier"] is None else f"{row['multiplier']:.4f}"
-            numbers = ("-" if row[key] is None else str(row[key]) for key in ("train_tokens", "tokens"))
-            line = f"{row['layer']:{width}}  " + "  ".join(f"{n:>6}" for n in numbers) + f"  {multiplier}"
-            lines.append("  ".join([line, *row["remarks"]]))
+            T, N, multiplier = (cell(row[key]) for key in ("train_tokens", "tokens", "multiplier"))
+            lines.append("  ".join([f"{row['layer']:{width}}", f"{T:>6}", f"{N:>6}", multiplier, *row["remarks"]]))
         lines += [f"skipped: {n} of {reason}" for reason, n in Counter(self._skipped).items()]
         return "\n".join(lines)
 

@@ -31,9 +31,9 @@ class Context:
     attention: str  # who computes it: "auto", "fused", "model"
     joint: str
     strict: bool
-    clock: Clock | None  # None if neither a rule nor the record needs the denoising step
-    session: Session | None  # where entropies are recorded, if they are
     pipeline: weakref.ref | None
+    session: Session | None = None  # where entropies are recorded, if they are
+    clock: Clock | None = None  # None if neither a rule nor the record needs the denoising step
 
     def __getstate__(self):
         return {**self.__dict__, "pipeline": None}  # a copied model belongs to another pipeline, or to none

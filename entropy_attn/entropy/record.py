@@ -30,7 +30,7 @@ class EntropyTable(list):
         if not self:
             return "no entropy recorded"
         columns = list(self[0])
-        cells = [columns] + [[_cell(row[name]) for name in columns] for row in self]
+        cells = [columns] + [[cell(row[name]) for name in columns] for row in self]
         widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -38,7 +38,8 @@ class EntropyTable(list):
         return "\n".join(lines)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """How tables print a value."""
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
