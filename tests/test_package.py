@@ -205,6 +205,13 @@ print(sorted(name for name in sys.modules if name.startswith("entropy_attn.diffu
     assert (tmp_path / "entropy.png").exists()
 
 
+def test_nothing_imports_the_adapter():
+    package = ROOT / "entropy_attn"
+    sources = [path for path in package.rglob("*.py") if path.parent != package / "diffusers"]
+    naming = [path for path in sources if "entropy_attn.diffusers" in path.read_text()]
+    assert naming == [package / "__init__.py"]  # which imports it when `enable` is first asked for
+
+
 def test_works_without_triton(tmp_path):
     code = """
 import sys

@@ -17,7 +17,7 @@ import torch
 
 from entropy_attn import sdpa
 from entropy_attn.diffusers.hooks import hide_from_dynamo, hook_call, hook_output, show_to_dynamo, unhook
-from entropy_attn.diffusers.models import Reading, own_multiplier, queries_and_keys, query_producers
+from entropy_attn.diffusers.models import Reading, join, own_multiplier, queries_and_keys, query_producers
 from entropy_attn.diffusers.steps import Clock, distinct_samples
 from entropy_attn.entropy.record import Moment, Session
 from entropy_attn.entropy.rule import Matcher, Rule
@@ -34,6 +34,11 @@ class Context:
     pipeline: weakref.ref | None
     session: Session | None = None  # where entropies are recorded, if they are
     clock: Clock | None = None  # None if neither a rule nor the record needs the denoising step
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether λ is being traced into a graph. It is not where a rule or the record needs the denoising step."""
+        return torch.compiler.is_compiling() and self.clock is None
 
     def __getstate__(self):
         return {**self.__dict__, "pipeline": None}  # a copied model belongs to another pipeline, or to none
@@ -62,9 +67,12 @@ _lock = threading.RLock()
 class Denoiser:
     """An enabled model. Its forward hooks note the call in progress, which its layers read."""
 
-    def __init__(self, name: str, model: torch.nn.Module, reading: Reading, context: Context):
+    def __init__(
+        self, name: str, model: torch.nn.Module, reading: Reading, context: Context,
+        modules: dict[str, torch.nn.Module], rule: Rule,
+    ):  # fmt: skip
         self.name, self.model, self.reading, self.context = name, model, reading, context
-        self.layers: list[Layer] = []
+        self.layers = [Layer(join(name, part), module, self, rule) for part, module in modules.items()]
         self.is_attached = False
         self.is_in_block = False  # of the with statement of its handle
         self._thread = _Thread()
@@ -104,7 +112,7 @@ class Denoiser:
 
     def enter(self, module, args, kwargs) -> None:
         """Forward pre-hook."""
-        if torch.compiler.is_compiling() and self.context.clock is None:
+        if self.context.in_graph:
             self.sample = self.reading.sample(args, kwargs)
         else:
             self._enter(args, kwargs)
@@ -121,7 +129,7 @@ class Denoiser:
     def leave(self, module, args, output) -> None:
         """Forward hook, also called if the model raised an `Exception`."""
         self.sample = None
-        if not torch.compiler.is_compiling() or self.context.clock is not None:
+        if not self.context.in_graph:
             self._leave(module)
 
     @torch.compiler.disable
@@ -159,25 +167,21 @@ class Layer:
 
     def describe(self) -> dict:
         """The row of this layer in `Handle.layers`."""
-        tokens, multiplier = self.tokens, self.multiplier
-        if tokens is not None and multiplier is None:
-            multiplier = self.rule.multiplier_for(tokens)
+        num_tokens, train_tokens = self.tokens or (None, None)
+        multiplier = self.multiplier
+        if self.tokens is not None:
+            multiplier = float(self.rule.multiplier_for(self.tokens) if multiplier is None else multiplier)
         return {
             "layer": self.name,
-            "tokens": None if tokens is None else tokens.num_tokens,
-            "train_tokens": None if tokens is None else tokens.train_tokens,
-            "multiplier": None if multiplier is None else float(multiplier),
+            "tokens": num_tokens,
+            "train_tokens": train_tokens,
+            "multiplier": multiplier,
             "remarks": list(self.remarks),
         }
 
     @property
     def wants_entropy(self) -> bool:
         return self.context.session is not None or self.matcher is not None
-
-    @property
-    def in_graph(self) -> bool:
-        """Whether λ is being traced into a graph. It is not where a rule or the record needs the denoising step."""
-        return torch.compiler.is_compiling() and self.context.clock is None
 
     def attach(self) -> None:
         hook_call(self.module, self.enter, self.leave)
@@ -210,7 +214,7 @@ class Layer:
         self.follow_query()
         queries, keys = queries_and_keys(args, kwargs)
         own, traced = own_multiplier(kwargs, keys), torch.compiler.is_compiling()
-        if self.in_graph:
+        if self.context.in_graph:
             device = (args[0] if args else kwargs["hidden_states"]).device
             self._begin(queries, keys, own, traced, device)
         else:
@@ -228,11 +232,12 @@ class Layer:
         if tokens.train_tokens is None:
             self.report(f"trained scale: {keys} keys do not fit the model's input {' x '.join(map(str, call.grid))}")
         multiplier: float | torch.Tensor = 1.0
+        self.tokens, self.multiplier = tokens, own
         if own is None:
             multiplier = self._multiplier(tokens, call.moment, device)
+            self.multiplier = multiplier if device is None else None
         elif device is None:
             self.remarks["scaled by the model itself, and left so"] = None
-        self.tokens, self.multiplier = tokens, multiplier if device is None and own is None else own
         observe = None
         if self.wants_entropy and not call.recomputed:
             observe = functools.partial(self._observe, call, tokens, self.multiplier)
@@ -258,7 +263,7 @@ class Layer:
 
     def scale_query(self, producer, args, output):
         """Forward hook of a module that produces a query."""
-        return self._scaled(output) if self.in_graph else self._scaled_eagerly(output)
+        return self._scaled(output) if self.context.in_graph else self._scaled_eagerly(output)
 
     def scale_first_third(self, producer, args, output):
         """Forward hook of a module that produces query, key and value in one tensor."""
@@ -277,7 +282,7 @@ class Layer:
 
     def leave(self, module, args, output) -> None:
         """Forward hook, also called if the module raised an `Exception`; it then has no output."""
-        if self.in_graph:
+        if self.context.in_graph:
             self._end(output is not None)
         else:
             sdpa.scope().cut = False
