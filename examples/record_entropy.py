@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 import entropy_attn
-from entropy_attn.diffusers import EntropyRecord
+from entropy_attn.entropy import EntropyRecord
 
 
 def main(arguments: list[str] | None = None, pipe: DiffusionPipeline | None = None) -> None:

@@ -14,9 +14,9 @@ import tiny_pipelines as tiny
 
 import entropy_attn
 from entropy_attn.diffusers import EntropyRecord
-from entropy_attn.diffusers.plots import Run, fit
-from entropy_attn.diffusers.record import Seen
 from entropy_attn.diffusers.steps import Clock
+from entropy_attn.entropy import Moment, Tokens
+from entropy_attn.entropy.plots import Run, fit
 
 
 @pytest.fixture
@@ -124,10 +124,9 @@ def test_repeated_calls_of_a_step_are_averaged():
     record = EntropyRecord()
     session, clock = record.open_session("λ"), Clock()
     moment = clock.tick("unet", 900.0, torch.zeros(1))
-    seen = Seen(9, None, 1.0)
-    session.add("layer", moment, seen, torch.full((1, 2, 9), 1.0))
-    session.add("layer", moment, seen, torch.full((1, 2, 9), 4.0))
-    session.add("layer", moment, seen, torch.full((1, 2, 9), 4.0))
+    session.add("layer", moment, Tokens(9), torch.full((1, 2, 9), 1.0))
+    session.add("layer", moment, Tokens(9), torch.full((1, 2, 9), 4.0))
+    session.add("layer", moment, Tokens(9), torch.full((1, 2, 9), 4.0))
     (row,) = record.table()
     assert row["entropy"] == pytest.approx(3.0)
     assert row["tokens"] == 9
@@ -208,5 +207,7 @@ def test_bad_arguments():
         record.table(by=("layer", "colour"))
     with pytest.raises(TypeError, match="by must be"):
         record.table(by="layer")
+    with pytest.raises(ValueError, match=r"entropy must be \(B, H, Nq\), got shape \(2, 9\)"):
+        record.open_session("λ").add("layer", Moment(), Tokens(9), torch.ones(2, 9))
     with pytest.raises(ValueError, match="nothing to plot"):
         record.plot()

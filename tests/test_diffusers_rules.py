@@ -13,9 +13,8 @@ import tiny_pipelines as tiny
 
 import entropy_attn
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibrate, calibration_from
-from entropy_attn.diffusers.models import Tokens
-from entropy_attn.diffusers.rule import Matcher, Rule
-from entropy_attn.diffusers.steps import Moment
+from entropy_attn.entropy import Moment, Tokens
+from entropy_attn.entropy.rule import Matcher, Rule
 
 PAPER = math.sqrt(math.log(64) / math.log(1024))
 

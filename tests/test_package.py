@@ -183,6 +183,35 @@ print(sorted(new))
     assert python(code, tmp_path).strip() == "['entropy_attn']"
 
 
+def test_the_record_needs_no_diffusers(tmp_path):
+    pytest.importorskip("matplotlib")
+    code = """
+import sys
+sys.modules["diffusers"] = None
+import torch, entropy_attn, entropy_attn.sdpa, entropy_attn.entropy.rule
+from entropy_attn.entropy import EntropyRecord, Moment, Tokens
+record = EntropyRecord()
+session = record.open_session("my loop")
+for run, N in enumerate((9, 16)):
+    x = torch.randn(1, 2, N, 8)
+    session.add("layer", Moment(run), Tokens(N, 64), entropy_attn.attention(x, x, x, return_entropy=True).entropy)
+record.plot("entropy.png")
+print([(row["label"], row["tokens"], row["train_tokens"], row["multiplier"]) for row in record.table()])
+print(sorted(name for name in sys.modules if name.startswith("entropy_attn.diffusers")))
+"""
+    rows, adapter = python(code, tmp_path).splitlines()
+    assert rows == "[('my loop', 9, 64, 1.0), ('my loop', 16, 64, 1.0)]"
+    assert adapter == "[]"
+    assert (tmp_path / "entropy.png").exists()
+
+
+def test_nothing_imports_the_adapter():
+    package = ROOT / "entropy_attn"
+    sources = [path for path in package.rglob("*.py") if path.parent != package / "diffusers"]
+    naming = [path for path in sources if "entropy_attn.diffusers" in path.read_text()]
+    assert naming == [package / "__init__.py"]  # which imports it when `enable` is first asked for
+
+
 def test_works_without_triton(tmp_path):
     code = """
 import sys

@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("diffusers")
-
-from entropy_attn.diffusers import plots
+from entropy_attn.entropy import plots
 
 
 def test_the_line_is_fitted_over_ln_n():

@@ -81,6 +81,7 @@ def test_docs_function(capsys):
     assert "torch.Size([5904, 8, 40]) torch.Size([8, 5904])" in printed
     assert "backend  cpu" in printed
     assert "T = 4096, N = 784" in printed
+    assert re.search(r"1 +λ +mid.attn +784 +1024 +0.9805 +\d\.\d{4}", printed)
 
 
 def test_docs_diffusers(capsys, tiny_pipeline):

@@ -33,7 +33,7 @@ except ImportError as error:
 import harness
 import results
 
-from entropy_attn.diffusers import EntropyRecord, plots
+from entropy_attn.entropy import EntropyRecord, plots
 
 SIZES: tuple[Size, ...] = ((16, 16), (16, 24), (24, 24), (24, 36), (32, 32))
 RECORDED = 20  # images whose entropy is recorded: two of each digit

@@ -26,7 +26,7 @@ from entropy_attn.diffusers.calibrating import calibrate, calibration_from  # no
 from entropy_attn.diffusers.calibration import Calibration  # noqa: E402
 from entropy_attn.diffusers.enable import Handle, disable, enable  # noqa: E402
 from entropy_attn.diffusers.processor import EntropyAttnProcessor  # noqa: E402
-from entropy_attn.diffusers.record import EntropyRecord, EntropyTable  # noqa: E402
+from entropy_attn.entropy import EntropyRecord, EntropyTable  # noqa: E402
 
 __all__ = [
     "Calibration",

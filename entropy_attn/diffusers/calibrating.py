@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Iterable
 
 import torch
+from tqdm.auto import tqdm  # which Diffusers needs too
 
-from entropy_attn.diffusers.calibration import Calibration, of_model
+from entropy_attn.diffusers.calibration import Calibration, ModelCalibration, identity
 from entropy_attn.diffusers.enable import enable, is_enabled
 from entropy_attn.diffusers.models import find_denoisers, pixels_per_sample, read_model
-from entropy_attn.diffusers.record import EntropyRecord
+from entropy_attn.entropy.record import EntropyRecord
 
 
 def calibrate(
@@ -23,7 +24,7 @@ def calibrate(
         prompts: one run each. They should resemble the prompts to come. A pipeline that takes no prompt is run once;
             its own arguments go into `call`.
         train_size: as in `enable`.
-        progress: show a progress bar, if tqdm is installed.
+        progress: show a progress bar.
         call: further arguments of the pipeline, such as num_inference_steps or generator. A `prompt`, `height` or
             `width` here overrides `prompts` and the trained size.
 
@@ -45,13 +46,13 @@ def calibrate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be one or more strings, got {prompts!r}")
-    height, width = _trained_pixels(models, pipe, train_size)
+    latent, factor = read_model(next(iter(models.values())), pipe, train_size).train_latent, pixels_per_sample(pipe)
+    size = {"height": latent[-2] * factor, "width": latent[-1] * factor}
     prompted = "prompt" in inspect.signature(pipe.__call__).parameters and "prompt_embeds" not in call
     record = EntropyRecord()
     with enable(pipe, train_size=train_size, record_entropy=record, exponent=0):
-        for prompt in _progress(prompts, progress):
-            arguments = {"height": height, "width": width, **({"prompt": prompt} if prompted else {})}
-            pipe(**{**arguments, **call})
+        for prompt in tqdm(prompts, desc="calibrating", disable=not progress):
+            pipe(**{**size, **({"prompt": prompt} if prompted else {}), **call})
     return calibration_from(pipe, record, train_size=train_size)
 
 
@@ -68,24 +69,8 @@ def calibration_from(pipe_or_model, record: EntropyRecord, *, train_size=None) -
         prefix = f"{name}." if name else ""
         entropy = {r["layer"].removeprefix(prefix): r["entropy"] for r in rows if r["layer"].startswith(prefix)}
         if entropy:
-            models.append(of_model(model, read_model(model, pipeline, train_size).train_grid, entropy))
+            grid = read_model(model, pipeline, train_size).train_grid
+            models.append(ModelCalibration(*identity(model), grid, entropy))
     if not models:
         raise ValueError("record has no layer at its trained size with the trained scale: nothing to calibrate from")
     return Calibration(tuple(models))
-
-
-def _trained_pixels(models: dict, pipe, train_size) -> tuple[int, int]:
-    model = next(iter(models.values()))
-    height, width = read_model(model, pipe, train_size).train_latent[-2:]
-    factor = pixels_per_sample(pipe)
-    return height * factor, width * factor
-
-
-def _progress(prompts: list[str], wanted: bool) -> Iterable[str]:
-    if not wanted:
-        return prompts
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return prompts
-    return tqdm(prompts, desc="calibrating")

@@ -67,7 +67,7 @@ class Calibration:
 
     def of(self, model: torch.nn.Module) -> ModelCalibration:
         """The calibration of this model. Raises ValueError if there is none."""
-        kind, config, weight = type(model).__name__, _config_hash(model), _weight(model)
+        kind, config, weight = identity(model)
         reasons = []
         for mine in self.models:
             if mine.model != kind:
@@ -83,17 +83,11 @@ class Calibration:
         )
 
 
-def of_model(model: torch.nn.Module, train_grid: tuple[int, ...], entropy: Mapping[str, float]) -> ModelCalibration:
-    return ModelCalibration(type(model).__name__, _config_hash(model), _weight(model), train_grid, entropy)
-
-
-def _config_hash(model: torch.nn.Module) -> str:
+def identity(model: torch.nn.Module) -> tuple[str, str, float | None]:
+    """What identifies a model: the first three fields of its `ModelCalibration`."""
     config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _weight(model: torch.nn.Module) -> float | None:
+    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device.type == "meta" or not parameter.is_floating_point():
-        return None
-    return float(parameter.detach().double().norm())
+        return type(model).__name__, config_hash, None
+    return type(model).__name__, config_hash, float(parameter.detach().double().norm())

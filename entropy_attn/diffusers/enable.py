@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from entropy_attn.diffusers.calibration import Calibration, ModelCalibration
-from entropy_attn.diffusers.models import Reading, find_denoisers, find_layers, join, read_model
-from entropy_attn.diffusers.record import EntropyRecord
-from entropy_attn.diffusers.rule import Rule
+from entropy_attn.diffusers.models import find_denoisers, find_layers, read_model
 from entropy_attn.diffusers.scaling import Context, Denoiser, Layer, attached
 from entropy_attn.diffusers.steps import Clock
+from entropy_attn.entropy.record import EntropyRecord, cell
+from entropy_attn.entropy.rule import Rule
 
 
 def enable(
@@ -84,8 +84,11 @@ def enable(
     rule = Rule(exponent, min_multiplier, max_multiplier, steps)
     models = find_denoisers(pipe_or_model)
     pipeline = None if isinstance(pipe_or_model, torch.nn.Module) else pipe_or_model
-    context = Context(attention, joint, strict, None, None, None if pipeline is None else weakref.ref(pipeline))
-    denoisers, skipped = _denoisers(models, pipeline, train_size, rule, calibration, match_entropy, context)
+    context = Context(attention, joint, strict, None if pipeline is None else weakref.ref(pipeline))
+    denoisers, skipped = _denoisers(models, pipeline, train_size, rule, context)
+    if calibration is not None:
+        for denoiser in denoisers:
+            _calibrate(denoiser, calibration.of(denoiser.model), match_entropy)
     layers = [layer for denoiser in denoisers for layer in denoiser.layers]
     _override(layers, overrides)
     if record_entropy is not False:
@@ -163,7 +166,7 @@ class Handle:
         N, T and the multiplier are None until the layer has run. T is None also for a layer that does not attend to the
         image, which keeps its trained scale.
         """
-        return [_describe(layer) for denoiser in self._denoisers for layer in denoiser.layers]
+        return [layer.describe() for denoiser in self._denoisers for layer in denoiser.layers]
 
     def __repr__(self) -> str:
         state = "enabled" if self.enabled else "disabled"
@@ -179,29 +182,13 @@ class Handle:
             f"{'layer':{width}}  {'T':>6}  {'N':>6}  λ√d",
         ]
         for row in rows:
-            multiplier = "-" if row["multiplier"] is None else f"{row['multiplier']:.4f}"
-            numbers = ("-" if row[key] is None else str(row[key]) for key in ("train_tokens", "tokens"))
-            line = f"{row['layer']:{width}}  " + "  ".join(f"{n:>6}" for n in numbers) + f"  {multiplier}"
-            lines.append("  ".join([line, *row["remarks"]]))
+            T, N, multiplier = (cell(row[key]) for key in ("train_tokens", "tokens", "multiplier"))
+            lines.append("  ".join([f"{row['layer']:{width}}", f"{T:>6}", f"{N:>6}", multiplier, *row["remarks"]]))
         lines += [f"skipped: {n} of {reason}" for reason, n in Counter(self._skipped).items()]
         return "\n".join(lines)
 
 
-def _describe(layer: Layer) -> dict:
-    seen = layer.last
-    tokens = None if seen is None else seen.tokens
-    return {
-        "layer": layer.name,
-        "tokens": None if seen is None else seen.keys if tokens is None else tokens.num_tokens,
-        "train_tokens": None if tokens is None else tokens.train_tokens,
-        "multiplier": None if seen is None else layer.multiplier_of(seen),
-        "remarks": list(layer.remarks),
-    }
-
-
-def _denoisers(
-    models, pipeline, train_size, rule: Rule, calibration, match_entropy: bool, context: Context
-) -> tuple[list[Denoiser], list[str]]:
+def _denoisers(models, pipeline, train_size, rule: Rule, context: Context) -> tuple[list[Denoiser], list[str]]:
     """The models to enable with their layers, and why other modules are left alone."""
     denoisers: list[Denoiser] = []
     skipped: list[str] = []
@@ -218,12 +205,7 @@ def _denoisers(
             warnings.warn(f"entropy_attn: {name} is left at its trained scale: {error}", RuntimeWarning, stacklevel=3)
             skipped += [f"{name}, which is not known"] * len(modules)
             continue
-        denoiser = Denoiser(name, model, reading, context)
-        rules = dict.fromkeys(modules, rule)
-        if calibration is not None:
-            rules = _calibrated(rules, calibration.of(model), reading, match_entropy)
-        denoiser.layers = [Layer(join(name, n), module, denoiser, rules[n]) for n, module in modules.items()]
-        denoisers.append(denoiser)
+        denoisers.append(Denoiser(name, model, reading, context, modules, rule))
     if not denoisers:
         kinds = ", ".join(type(model).__name__ for model in models.values())
         reasons = ", ".join(sorted(set(skipped))) or "modules without to_q or to_qkv"
@@ -259,23 +241,19 @@ def _check_calibration(calibration, match_entropy: bool, joint: str) -> Calibrat
     return calibration
 
 
-def _calibrated(
-    rules: dict[str, Rule], known: ModelCalibration, reading: Reading, match_entropy: bool
-) -> dict[str, Rule]:
-    """The rules of a model's layers, each with its H_T."""
-    if known.train_grid != reading.train_grid:
+def _calibrate(denoiser: Denoiser, known: ModelCalibration, match_entropy: bool) -> None:
+    """Give each layer its H_T."""
+    if known.train_grid != denoiser.reading.train_grid:
         raise ValueError(
-            f"calibration was made at a latent of {known.train_grid}, the model is enabled with {reading.train_grid} "
-            "as its trained size: pass the same train_size to both"
+            f"calibration was made at a latent of {known.train_grid}, the model is enabled with "
+            f"{denoiser.reading.train_grid} as its trained size: pass the same train_size to both"
         )
-    missing = [name for name in rules if name not in known.entropy]
-    if missing:
-        raise ValueError(f"calibration has no entropy for layer {missing[0]}: make it anew with calibrate()")
-    entropy = known.entropy  # 0 where a layer had one token: there is nothing to match
-    return {
-        name: replace(rule, train_entropy=entropy[name], match_entropy=match_entropy and entropy[name] > 0)
-        for name, rule in rules.items()
-    }
+    for layer in denoiser.layers:
+        entropy = known.entropy.get(layer.name.removeprefix(f"{denoiser.name}."))
+        if entropy is None:
+            raise ValueError(f"calibration has no entropy for layer {layer.name}: make it anew with calibrate()")
+        match = match_entropy and entropy > 0  # it is 0 where a layer had one token: there is nothing to match
+        layer.set_rule(replace(layer.rule, train_entropy=entropy, match_entropy=match))
 
 
 def _override(layers: list[Layer], overrides) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-# (height, width) in latent samples; (frames, height, width); or (tokens,) where they come packed
-Grid = tuple[int, ...]
+from entropy_attn.entropy.tokens import Grid, count
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
 CONTAINERS = ("ControlNetXSAdapter",)  # of weights that run inside the UNet of their pipeline
@@ -32,13 +30,6 @@ NOT_IMAGE = (
 )  # fmt: skip
 # The modules that produce a query: a norm if there is one, else the projection, alone or in one with key and value.
 QUERIES = (("norm_q", "to_q", "to_qkv"), ("norm_added_q", "add_q_proj", "to_added_qkv"))
-
-
-class Tokens(NamedTuple):
-    """What a layer attends to now (N) and attended to at the trained size (T)."""
-
-    num_tokens: int
-    train_tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,35 +54,6 @@ class Reading:
         """The first one of the batch. Reading it synchronises with the device."""
         timestep: Any = kwargs["timestep"] if "timestep" in kwargs else args[self.timestep_position]
         return float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
-
-
-def count(grid: Grid, stride: Grid) -> int:
-    """The tokens of a grid of which every `stride`-th sample is one, as convolutions and patches leave them."""
-    return math.prod([-(-size // step) for size, step in zip(grid, stride, strict=True)])
-
-
-def match_tokens(
-    grid: Grid, train_grid: Grid, strides: tuple[Grid, ...], queries: int, keys: int, joint: str
-) -> Tokens | None:
-    """N and T of a layer that has `queries` and `keys` while the model sees `grid`; None if they are not its tokens.
-
-    The stride of a layer is the one that gives its number of tokens on `grid`; the same stride on `train_grid` gives
-    T. It is exact where the area ratio is not, as with the rounding of a 28 x 28 latent halved three times. Keys
-    beyond the grid's are taken for text in joint attention: with ``joint="keys"`` they count in both N and T, with
-    ``joint="image"`` in neither.
-    """
-    for stride in strides:
-        if count(grid, stride) == keys:
-            return Tokens(keys, count(train_grid, stride))
-    for stride in strides:
-        image = count(grid, stride)
-        if image < keys and (image == queries or len(strides) == 1):
-            train_image = count(train_grid, stride)
-            return Tokens(image, train_image) if joint == "image" else Tokens(keys, train_image + keys - image)
-    return None
-
-
-remembered_tokens = functools.lru_cache(maxsize=4096)(match_tokens)
 
 
 def queries_and_keys(args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -201,15 +163,14 @@ def read_model(model: torch.nn.Module, pipeline, train_size) -> Reading:
     if sample_name is None or "timestep" not in parameters:
         raise ValueError(f"{kind} is not a denoiser that is known: its forward takes no sample and timestep")
     axes, strides, stride = _layout(model, kind, sample_name, pipeline)
-    latent = _config_size(model, kind, pipeline) if train_size is None else _latent_size(train_size, stride, pipeline)
-    if latent is None:
-        raise ValueError(_no_train_size(kind, len(axes), pipeline))
+    if train_size is None:
+        latent = _config_latent(model, kind, stride, pipeline)
+    else:
+        latent = _given_latent(train_size, stride, pipeline)
     _check_latent(kind, model, latent, stride)
     train_grid = (count(latent, stride),) if axes == (1,) else latent
-    return Reading(
-        sample_name, parameters.index(sample_name),
-        parameters.index("timestep"), axes, strides, latent, train_grid,
-    )  # fmt: skip
+    positions = parameters.index(sample_name), parameters.index("timestep")
+    return Reading(sample_name, *positions, axes, strides, latent, train_grid)
 
 
 def _layout(model, kind: str, sample_name: str, pipeline) -> tuple[tuple[int, ...], tuple[Grid, ...], Grid]:
@@ -235,24 +196,22 @@ def _layout(model, kind: str, sample_name: str, pipeline) -> tuple[tuple[int, ..
     )
 
 
-def _config_size(model, kind: str, pipeline) -> Grid | None:
-    """The latent size (height, width) that a model says it was trained at."""
+def _config_latent(model, kind: str, stride: Grid, pipeline) -> Grid:
+    """The latent size that a model says it was trained at."""
     size = PACKED.get(kind) or getattr(model.config, "sample_size", None)
-    if size is None and pipeline is not None and hasattr(pipeline, "unet"):  # a ControlNet has its UNet's
+    if size is None and hasattr(pipeline, "unet"):  # a ControlNet has its UNet's
         size = getattr(pipeline.unet.config, "sample_size", None)
-    if size is None or isinstance(size, int):
-        return None if size is None else (size, size)
-    return tuple(size)
-
-
-def _no_train_size(kind: str, axes: int, pipeline) -> str:
-    if axes == 3:
-        return f"{kind} makes videos, and its config has no trained size: pass train_size=(frames, height, width)"
+    if size is not None:
+        return (size, size) if isinstance(size, int) else tuple(size)
+    if len(stride) == 3:
+        raise ValueError(
+            f"{kind} makes videos, and its config has no trained size: pass train_size=(frames, height, width)"
+        )
     unit = "latent samples" if pipeline is None else "pixels"
-    return f"{kind} has no sample_size in its config: pass train_size, in {unit}"
+    raise ValueError(f"{kind} has no sample_size in its config: pass train_size, in {unit}")
 
 
-def _latent_size(train_size, stride: Grid, pipeline) -> Grid:
+def _given_latent(train_size, stride: Grid, pipeline) -> Grid:
     """`train_size` as latent samples."""
     size = (train_size, train_size) if isinstance(train_size, int) and len(stride) == 2 else train_size
     wanted = "an int or (height, width)" if len(stride) == 2 else "(frames, height, width)"

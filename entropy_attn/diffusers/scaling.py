@@ -6,31 +6,22 @@ and backend works.
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from entropy_attn.diffusers import entropy
-from entropy_attn.diffusers.entropy import LayerCall
+from entropy_attn import sdpa
 from entropy_attn.diffusers.hooks import hide_from_dynamo, hook_call, hook_output, show_to_dynamo, unhook
-from entropy_attn.diffusers.models import (
-    Grid,
-    Reading,
-    Tokens,
-    match_tokens,
-    own_multiplier,
-    queries_and_keys,
-    query_producers,
-    remembered_tokens,
-)
-from entropy_attn.diffusers.record import Seen, Session
-from entropy_attn.diffusers.rule import Matcher, Rule
-from entropy_attn.diffusers.steps import Clock, Moment, distinct_samples
+from entropy_attn.diffusers.models import Reading, join, own_multiplier, queries_and_keys, query_producers
+from entropy_attn.diffusers.steps import Clock, distinct_samples
+from entropy_attn.entropy.record import Moment, Session
+from entropy_attn.entropy.rule import Matcher, Rule
+from entropy_attn.entropy.tokens import Grid, Tokens, match_tokens, remembered_tokens
 
 
 @dataclass
@@ -40,9 +31,14 @@ class Context:
     attention: str  # who computes it: "auto", "fused", "model"
     joint: str
     strict: bool
-    clock: Clock | None  # None if neither a rule nor the record needs the denoising step
-    session: Session | None  # where entropies are recorded, if they are
     pipeline: weakref.ref | None
+    session: Session | None = None  # where entropies are recorded, if they are
+    clock: Clock | None = None  # None if neither a rule nor the record needs the denoising step
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether λ is being traced into a graph. It is not where a rule or the record needs the denoising step."""
+        return torch.compiler.is_compiling() and self.clock is None
 
     def __getstate__(self):
         return {**self.__dict__, "pipeline": None}  # a copied model belongs to another pipeline, or to none
@@ -52,8 +48,8 @@ class DenoiserCall(NamedTuple):
     """A call of a denoiser in progress. `moment` and `images` are only known where the handle has a clock."""
 
     grid: Grid
-    moment: Moment | None
-    images: int
+    moment: Moment | None = None
+    images: int = 0
     recomputed: bool = False  # gradient checkpointing runs the layers again in the backward pass
 
 
@@ -71,9 +67,12 @@ _lock = threading.RLock()
 class Denoiser:
     """An enabled model. Its forward hooks note the call in progress, which its layers read."""
 
-    def __init__(self, name: str, model: torch.nn.Module, reading: Reading, context: Context):
+    def __init__(
+        self, name: str, model: torch.nn.Module, reading: Reading, context: Context,
+        modules: dict[str, torch.nn.Module], rule: Rule,
+    ):  # fmt: skip
         self.name, self.model, self.reading, self.context = name, model, reading, context
-        self.layers: list[Layer] = []
+        self.layers = [Layer(join(name, part), module, self, rule) for part, module in modules.items()]
         self.is_attached = False
         self.is_in_block = False  # of the with statement of its handle
         self._thread = _Thread()
@@ -84,16 +83,20 @@ class Denoiser:
 
     def attach(self) -> None:
         self.is_attached = True
-        attached.add(self)
+        self._register()
         hook_call(self.model, self.enter, self.leave)
         for layer in self.layers:
             layer.attach()
-        if self._wants_sdpa():
-            entropy.install(self)
+
+    def _register(self) -> None:
+        attached.add(self)
+        ours = self.context.attention == "fused" or (self.context.attention == "auto" and torch.cuda.is_available())
+        if ours or any(layer.wants_entropy for layer in self.layers):
+            sdpa.install(self)
 
     def detach(self) -> None:
         """Remove every hook. The denoiser leaves `attached` last, so that a call after an interrupted one finds it."""
-        entropy.release(self)
+        sdpa.release(self)
         for layer in self.layers:
             layer.detach()
         if self.is_attached:
@@ -101,41 +104,32 @@ class Denoiser:
         self.is_attached = False
         attached.discard(self)
 
-    def _wants_sdpa(self) -> bool:
-        ours = self.context.attention == "fused" or (self.context.attention == "auto" and torch.cuda.is_available())
-        return ours or any(layer.wants_entropy for layer in self.layers)
-
     def __setstate__(self, state):
         """A copy of an enabled model, by deepcopy or pickle, is itself enabled."""
         self.__dict__.update(state)
         if self.is_attached:
-            attached.add(self)
-            if self._wants_sdpa():
-                entropy.install(self)
+            self._register()
 
     def enter(self, module, args, kwargs) -> None:
         """Forward pre-hook."""
-        if self.context.clock is None:
-            self._enter(self.reading.sample(args, kwargs))
+        if self.context.in_graph:
+            self.sample = self.reading.sample(args, kwargs)
         else:
-            self._enter_at_a_step(args, kwargs)
-
-    def _enter(self, sample: torch.Tensor, moment: Moment | None = None, images: int = 0) -> None:
-        self.sample = sample
-        if not torch.compiler.is_compiling():
-            self._thread.call = DenoiserCall(self.reading.grid(sample), moment, images)
+            self._enter(args, kwargs)
 
     @torch.compiler.disable
-    def _enter_at_a_step(self, args, kwargs) -> None:
-        sample, clock, session = self.reading.sample(args, kwargs), self.context.clock, self.context.session
-        assert clock is not None
-        moment = clock.tick(self.name, self.reading.timestep(args, kwargs), sample)
-        self._enter(sample, moment, distinct_samples(sample) if session is not None else 0)
+    def _enter(self, args, kwargs) -> None:
+        self.sample = sample = self.reading.sample(args, kwargs)
+        moment, images = None, 0
+        if self.context.clock is not None:
+            moment = self.context.clock.tick(self.name, self.reading.timestep(args, kwargs), sample)
+            images = 0 if self.context.session is None else distinct_samples(sample)
+        self._thread.call = DenoiserCall(self.reading.grid(sample), moment, images)
 
     def leave(self, module, args, output) -> None:
         """Forward hook, also called if the model raised an `Exception`."""
         self.sample = None
-        if not torch.compiler.is_compiling() or self.context.clock is not None:
+        if not self.context.in_graph:
             self._leave(module)
 
     @torch.compiler.disable
@@ -144,15 +138,13 @@ class Denoiser:
         call, self._thread.call = self._thread.call, None
         self._kept = call._replace(recomputed=True) if call is not None and checkpoints else None
 
-    def call_in_graph(self) -> DenoiserCall | None:
-        return None if self.sample is None else DenoiserCall(self.reading.grid(self.sample), None, 0)
-
     def running_call(self, traced: bool) -> DenoiserCall | None:
         """The call in progress in this thread. If there is none, the last call, whose backward pass may be running."""
-        call = self._thread.call
-        if call is None and self.sample is not None:  # the model's hook was compiled, the layer's was not
-            return self.call_in_graph()
-        if call is not None and (traced or entropy.is_running(self.model)):
+        in_graph = torch.compiler.is_compiling()
+        call = None if in_graph else self._thread.call
+        if in_graph or (call is None and self.sample is not None):  # the latter: only the model's hook was compiled
+            return None if self.sample is None else DenoiserCall(self.reading.grid(self.sample))
+        if call is not None and (traced or sdpa.is_running(self.model)):
             return call
         return self._kept if torch.is_grad_enabled() else None
 
@@ -163,28 +155,33 @@ class Layer:
     def __init__(self, name: str, module: torch.nn.Module, denoiser: Denoiser, rule: Rule):
         self.name, self.module, self.denoiser, self.context = name, module, denoiser, denoiser.context
         self.set_rule(rule)
-        self.last: Seen | None = None
-        self.remarks: list[str] = []
+        # Of the last call. A call in a graph leaves no multiplier: `describe` computes it from N and T.
+        self.tokens: Tokens | None = None
+        self.multiplier: float | torch.Tensor | None = None
+        self.remarks: dict[str, None] = {}  # each once, in order
         self._producers: list[tuple[torch.nn.Module, bool]] = []
 
     def set_rule(self, rule: Rule) -> None:
         self.rule = rule
         self.matcher = Matcher(rule) if rule.match_entropy else None
 
-    def multiplier_of(self, seen: Seen) -> float:
-        """λ √d as a number. A call in a graph leaves only N and T: the multiplier is computed from them here."""
-        if seen.multiplier is None and seen.tokens is not None:
-            return float(self.rule.multiplier_for(seen.tokens))
-        return 1.0 if seen.multiplier is None else float(seen.multiplier)
+    def describe(self) -> dict:
+        """The row of this layer in `Handle.layers`."""
+        num_tokens, train_tokens = self.tokens or (None, None)
+        multiplier = self.multiplier
+        if self.tokens is not None:
+            multiplier = float(self.rule.multiplier_for(self.tokens) if multiplier is None else multiplier)
+        return {
+            "layer": self.name,
+            "tokens": num_tokens,
+            "train_tokens": train_tokens,
+            "multiplier": multiplier,
+            "remarks": list(self.remarks),
+        }
 
     @property
     def wants_entropy(self) -> bool:
         return self.context.session is not None or self.matcher is not None
-
-    @property
-    def in_graph(self) -> bool:
-        """Whether λ is being traced into a graph. It is not where a rule or the record needs the denoising step."""
-        return torch.compiler.is_compiling() and self.context.clock is None
 
     def attach(self) -> None:
         hook_call(self.module, self.enter, self.leave)
@@ -216,58 +213,57 @@ class Layer:
         """Forward pre-hook."""
         self.follow_query()
         queries, keys = queries_and_keys(args, kwargs)
-        own = own_multiplier(kwargs, keys)
-        if self.in_graph:
+        own, traced = own_multiplier(kwargs, keys), torch.compiler.is_compiling()
+        if self.context.in_graph:
             device = (args[0] if args else kwargs["hidden_states"]).device
-            self._begin(self.denoiser.call_in_graph(), queries, keys, own, device, traced=True)
+            self._begin(queries, keys, own, traced, device)
         else:
-            entropy.scope().cut = traced = torch.compiler.is_compiling()
+            sdpa.scope().cut = traced
             self._begin_eagerly(queries, keys, own, traced)
 
-    @torch.compiler.disable
-    def _begin_eagerly(self, queries: int, keys: int, own: float | None, traced: bool) -> None:
-        self._begin(self.denoiser.running_call(traced), queries, keys, own, None, traced)
-
-    def _begin(self, call: DenoiserCall | None, queries, keys, own: float | None, device, traced: bool) -> None:
+    def _begin(self, queries: int, keys: int, own: float | None, traced: bool, device=None) -> None:
         """Note the call of the layer and its multiplier. In a graph `device` is given, and the sizes are symbols."""
-        entropy.scope().call = None
+        sdpa.scope().call = None
+        call = self.denoiser.running_call(traced)
         if call is None:  # the layer is called outside of its model
             return
         reading, match = self.denoiser.reading, remembered_tokens if device is None else match_tokens
         tokens = match(call.grid, reading.train_grid, reading.strides, queries, keys, self.context.joint)
-        if tokens is None:
+        if tokens.train_tokens is None:
             self.report(f"trained scale: {keys} keys do not fit the model's input {' x '.join(map(str, call.grid))}")
         multiplier: float | torch.Tensor = 1.0
+        self.tokens, self.multiplier = tokens, own
         if own is None:
             multiplier = self._multiplier(tokens, call.moment, device)
+            self.multiplier = multiplier if device is None else None
         elif device is None:
-            self._remark("scaled by the model itself, and left so")
-        self.last = Seen(keys, tokens, multiplier if device is None and own is None else own)
-        observe = self._observer(call, self.last) if self.wants_entropy and not call.recomputed else None
-        entropy.scope().call = LayerCall(
+            self.remarks["scaled by the model itself, and left so"] = None
+        observe = None
+        if self.wants_entropy and not call.recomputed:
+            observe = functools.partial(self._observe, call, tokens, self.multiplier)
+        sdpa.scope().call = sdpa.LayerCall(
             self.module, multiplier, self.context.attention, observe, self.report, keys, traced
         )
 
-    def _multiplier(self, tokens: Tokens | None, moment: Moment | None, device) -> float | torch.Tensor:
-        if tokens is None or not self.rule.applies_at(moment):
+    _begin_eagerly = torch.compiler.disable(_begin)
+
+    def _multiplier(self, tokens: Tokens, moment: Moment | None, device) -> float | torch.Tensor:
+        if not self.rule.applies_at(moment):
             return 1.0
-        if self.matcher is None or moment is None or tokens.num_tokens == tokens.train_tokens:
+        if self.matcher is None or moment is None or tokens.train_tokens in (None, tokens.num_tokens):
             return self.rule.multiplier_for(tokens, device)
         return self.matcher.multiplier_for(moment, tokens)
 
-    def _observer(self, call: DenoiserCall, seen: Seen) -> Callable[[torch.Tensor], None]:
-        def observe(row_entropy: torch.Tensor) -> None:
-            assert call.moment is not None
-            if self.matcher is not None and seen.multiplier is not None and seen.tokens is not None:
-                self.matcher.observe(call.moment, row_entropy)
-            if self.context.session is not None:
-                self.context.session.add(self.name, call.moment, seen, row_entropy, call.images)
-
-        return observe
+    def _observe(self, call: DenoiserCall, tokens: Tokens, multiplier, entropy: torch.Tensor) -> None:
+        assert call.moment is not None
+        if self.matcher is not None and tokens.train_tokens is not None:
+            self.matcher.observe(call.moment, entropy)
+        if self.context.session is not None:
+            self.context.session.add(self.name, call.moment, tokens, entropy, multiplier, call.images)
 
     def scale_query(self, producer, args, output):
         """Forward hook of a module that produces a query."""
-        return self._scaled(output) if self.in_graph else self._scale_eagerly(output)
+        return self._scaled(output) if self.context.in_graph else self._scaled_eagerly(output)
 
     def scale_first_third(self, producer, args, output):
         """Forward hook of a module that produces query, key and value in one tensor."""
@@ -275,42 +271,37 @@ class Layer:
         scaled = self.scale_query(producer, args, query)
         return None if scaled is None else torch.cat([scaled, rest], dim=-1)
 
-    @torch.compiler.disable
-    def _scale_eagerly(self, query: torch.Tensor) -> torch.Tensor | None:
-        return self._scaled(query)
-
     def _scaled(self, query: torch.Tensor) -> torch.Tensor | None:
-        call = entropy.running_call()
+        call = sdpa.running_call()
         if call is None or call.module is not self.module:
             return None
         call.scaled += 1
         return None if call.is_unscaled else query * call.multiplier
 
+    _scaled_eagerly = torch.compiler.disable(_scaled)
+
     def leave(self, module, args, output) -> None:
         """Forward hook, also called if the module raised an `Exception`; it then has no output."""
-        if self.in_graph:
-            self._end(entropy.scope().call, output is not None)
+        if self.context.in_graph:
+            self._end(output is not None)
         else:
-            entropy.scope().cut = False
+            sdpa.scope().cut = False
             self._end_eagerly(output is not None)
 
-    @torch.compiler.disable
-    def _end_eagerly(self, finished: bool) -> None:
-        self._end(entropy.running_call(), finished)
-
-    def _end(self, call: LayerCall | None, finished: bool) -> None:
+    def _end(self, finished: bool) -> None:
         """Report what the attention processor made impossible: a query or an SDPA call that no hook has seen."""
-        entropy.scope().call = None
+        call = sdpa.running_call()
+        sdpa.scope().call = None
         if call is None or not finished:
             return
         processor = type(self.module.processor).__name__
         if call.scaled == 0 and not call.is_unscaled:
-            if self.last is not None:
-                self.last = self.last._replace(multiplier=1.0)
+            self.multiplier = 1.0
             self.report(f"trained scale: {processor} makes its query without the module's own projection and norm")
-        if call.attended == 0 and (call.observe is not None or call.attention == "fused"):
-            what = "entropy not recorded" if call.observe is not None else "the model's own attention was used"
-            self.report(f"{what}: {processor} did not call F.scaled_dot_product_attention over {call.keys} keys")
+        if call.attended == 0 and call.missed:
+            self.report(f"{call.missed}: {processor} did not call F.scaled_dot_product_attention over {call.keys} keys")
+
+    _end_eagerly = torch.compiler.disable(_end)
 
     @torch.compiler.disable(reason="λ or the entropy is missing in a layer")
     def report(self, remark: str) -> None:
@@ -319,8 +310,4 @@ class Layer:
             raise RuntimeError(f"{self.name}: {remark}")
         if remark not in self.remarks:
             warnings.warn(f"entropy_attn: {self.name}: {remark}", RuntimeWarning, stacklevel=2)
-        self._remark(remark)
-
-    def _remark(self, remark: str) -> None:
-        if remark not in self.remarks:
-            self.remarks.append(remark)
+        self.remarks[remark] = None

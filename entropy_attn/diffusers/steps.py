@@ -7,17 +7,10 @@ import math
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
-
-class Moment(NamedTuple):
-    """When a denoiser is called: the run, the step in it, and the number of the call in that step, all from 0."""
-
-    run: int
-    step: int
-    turn: int
+from entropy_attn.entropy.record import Moment
 
 
 @dataclass

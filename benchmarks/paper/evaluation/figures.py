@@ -13,7 +13,7 @@ from typing import Any
 import harness
 import numpy as np
 
-from entropy_attn.diffusers import plots
+from entropy_attn.entropy import plots
 from evaluation import rules
 from evaluation.subjects import Size
 

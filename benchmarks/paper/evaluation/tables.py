@@ -6,7 +6,7 @@ from typing import Any
 
 import results
 
-from entropy_attn.diffusers import plots
+from entropy_attn.entropy import plots
 from evaluation import figures, published, rules
 from evaluation.judges import CLIP_SCORE, FID, Judge
 from evaluation.run import CHOSEN, COST, MULTIDIFFUSION, key_of

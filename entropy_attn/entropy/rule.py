@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from entropy_attn.diffusers.models import Tokens
-from entropy_attn.diffusers.steps import Moment
+from entropy_attn.entropy.record import Moment
+from entropy_attn.entropy.tokens import Tokens
 from entropy_attn.scale import entropy_multiplier
 
 # Default bounds with H_T > 0: near ln N = H_T or ln T = H_T that rule has no bounds of its own.
@@ -64,15 +64,18 @@ class Rule:
 
     def multiplier_for(self, tokens: Tokens, device: torch.device | None = None) -> float | torch.Tensor:
         """λ √d of the closed form: a float; or, for a graph in which N and T are symbols, a tensor on `device`."""
+        num_tokens, train_tokens = tokens
+        if train_tokens is None:
+            return 1.0
         if self.multiplier is not None:
             return float(self.multiplier)
-        if min(tokens) < 2 or (device is None and tokens.num_tokens == tokens.train_tokens):
+        if min(num_tokens, train_tokens) < 2 or (device is None and num_tokens == train_tokens):
             return 1.0
-        if self.train_entropy > 0 and self.train_entropy >= math.log(tokens.train_tokens):
+        if self.train_entropy > 0 and self.train_entropy >= math.log(train_tokens):
             return 1.0  # the trained attention was uniform: no scale makes it less peaked
         if device is None:
-            return entropy_multiplier(*tokens, self.train_entropy, self.exponent, self.bounds)
-        N, T = (torch.full((), count, dtype=torch.float32, device=device) for count in tokens)
+            return entropy_multiplier(num_tokens, train_tokens, self.train_entropy, self.exponent, self.bounds)
+        N, T = (torch.full((), size, dtype=torch.float32, device=device) for size in (num_tokens, train_tokens))
         return entropy_multiplier(N, T, self.train_entropy, self.exponent, self.bounds)
 
     def with_options(self, pattern: str, options: float | dict) -> Rule:

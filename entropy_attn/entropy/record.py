@@ -1,26 +1,26 @@
-"""The entropy of a pipeline's self-attention, as running means."""
+"""The entropy of a model's attention layers, as running means."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from entropy_attn.diffusers.models import Tokens
-from entropy_attn.diffusers.steps import Moment
+from entropy_attn.entropy.tokens import Tokens
 
 KEYS = ("run", "label", "layer", "step", "half", "head")
 
 
-class Seen(NamedTuple):
-    """A call of a layer as the record has it. `tokens` is None if the layer did not attend to the image."""
+class Moment(NamedTuple):
+    """When a model is called: the run, the step in it, and the number of the call in that step, all from 0."""
 
-    keys: int
-    tokens: Tokens | None
-    multiplier: float | torch.Tensor | None  # λ √d; None: the rule tells it from the tokens
+    run: int = 0
+    step: int = 0
+    turn: int = 0
 
 
 class EntropyTable(list):
@@ -30,7 +30,7 @@ class EntropyTable(list):
         if not self:
             return "no entropy recorded"
         columns = list(self[0])
-        cells = [columns] + [[_cell(row[name]) for name in columns] for row in self]
+        cells = [columns] + [[cell(row[name]) for name in columns] for row in self]
         widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -38,20 +38,21 @@ class EntropyTable(list):
         return "\n".join(lines)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """How tables print a value."""
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+@dataclass
 class _Mean:
     """The mean entropy (halves, H) of a layer, over queries, images and repeated calls. It stays on the device."""
 
-    def __init__(self, entropy: torch.Tensor, seen: Seen):
-        self.total, self.calls, self.seen = entropy, 1, seen
-
-    def add(self, entropy: torch.Tensor) -> None:
-        self.total, self.calls = self.total + entropy, self.calls + 1
+    tokens: Tokens
+    multiplier: float | torch.Tensor
+    total: torch.Tensor
+    calls: int = 1
 
     def halves(self) -> list[list[float]]:
         return (self.total / self.calls).tolist()
@@ -64,45 +65,33 @@ class EntropyRecord:
     guidance, in the pipeline's order: usually 0 without the prompt and 1 with it. Some pipelines have three. The
     conditions are parts of one batch, or successive calls in one step. Without guidance there is only half 0.
 
-    One record can be given to several `enable` calls, so that their runs can be compared.
+    One record can be given to several `enable` calls, so that their runs can be compared. A loop over a model of your
+    own adds to it by `open_session`.
     """
 
     def __init__(self):
-        self._labels: list[str] = []  # of sessions, one for each `enable`
-        self._runs: dict[tuple[int, int], int] = {}  # (session, its run) -> run
+        self._labels: list[str] = []  # of runs
+        self._runs: dict[tuple[Session, int], int] = {}  # (session, its run) -> run
         self._means: dict[tuple[int, str, int, int], _Mean] = {}  # (run, layer, step, turn)
-        self._sessions: list[int] = []  # of runs
 
     def open_session(self, label: str) -> Session:
         """Begin a session, whose runs get this label."""
-        self._labels.append(label)
-        return Session(self, len(self._labels) - 1)
+        return Session(self, label)
 
-    def _add(
-        self, session: int, layer: str, moment: Moment, seen: Seen, entropy: torch.Tensor, images: int | None
-    ) -> None:
-        key = (session, moment.run)
-        if key not in self._runs:
-            self._runs[key] = len(self._sessions)
-            self._sessions.append(session)
-        B, H, _ = entropy.shape
-        halves = B // images if images and B % images == 0 else 1
-        place = (self._runs[key], layer, moment.step, moment.turn)
-        mean = entropy.mean(dim=2)
-        if halves < B:
-            mean = mean.view(halves, B // halves, H).mean(dim=1)
-        if place in self._means:
-            self._means[place].add(mean)
-        else:
-            self._means[place] = _Mean(mean, seen)
+    def _run(self, session: Session, run: int) -> int:
+        """The number in the record of a session's run."""
+        if (session, run) not in self._runs:
+            self._runs[session, run] = len(self._labels)
+            self._labels.append(session.label)
+        return self._runs[session, run]
 
     def __len__(self) -> int:
         """The number of runs."""
-        return len(self._sessions)
+        return len(self._labels)
 
     def clear(self) -> None:
         """Forget all runs."""
-        self._runs, self._means, self._sessions = {}, {}, []
+        self._labels, self._runs, self._means = [], {}, {}
 
     def table(self, by: Iterable[str] = ("run", "label", "layer")) -> EntropyTable:
         """Mean entropies, a row for each combination of `by`: of "run", "label", "layer", "step", "half", "head".
@@ -134,17 +123,17 @@ class EntropyRecord:
 
     def _entries(self, by_head: bool) -> Iterable[dict]:
         for (run, layer, step, turn), mean in self._means.items():
-            tokens, halves = mean.seen.tokens, mean.halves()
+            halves = mean.halves()
             for half, heads in enumerate(halves):
                 entry = {
                     "run": run,
-                    "label": self._labels[self._sessions[run]],
+                    "label": self._labels[run],
                     "layer": layer,
                     "step": step,
                     "half": turn * len(halves) + half,
-                    "tokens": tokens.num_tokens if tokens else mean.seen.keys,
-                    "train_tokens": tokens.train_tokens if tokens else None,
-                    "multiplier": 1.0 if mean.seen.multiplier is None else float(mean.seen.multiplier),
+                    "tokens": mean.tokens.num_tokens,
+                    "train_tokens": mean.tokens.train_tokens,
+                    "multiplier": float(mean.multiplier),
                 }
                 if by_head:
                     yield from ({**entry, "head": head, "entropy": entropy} for head, entropy in enumerate(heads))
@@ -168,20 +157,45 @@ class EntropyRecord:
         Returns:
             The matplotlib figure, also saved to `path` if given.
         """
-        from entropy_attn.diffusers import plots
+        from entropy_attn.entropy import plots
 
         return plots.draw(self.table(), path)
 
 
 class Session:
-    """The runs of one `enable` in a record."""
+    """The runs in a record that have one label."""
 
-    def __init__(self, record: EntropyRecord, number: int):
-        self.record, self._number = record, number
+    def __init__(self, record: EntropyRecord, label: str):
+        self.record, self.label = record, label
 
-    def add(self, layer: str, moment: Moment, seen: Seen, entropy: torch.Tensor, images: int | None = None) -> None:
-        """Fold in the entropy (B, H, Nq) that `layer` had at `moment`; B is `images` times the conditions."""
-        self.record._add(self._number, layer, moment, seen, entropy, images)
+    def add(
+        self, layer: str, moment: Moment, tokens: Tokens, entropy: torch.Tensor,
+        multiplier: float | torch.Tensor = 1.0, images: int | None = None,
+    ) -> None:  # fmt: skip
+        """Fold in the entropy that `layer` had at `moment`.
+
+        Args:
+            layer: its name.
+            moment: run, step and turn. Entropies of one layer at one moment are averaged.
+            tokens: N and T of the layer.
+            entropy: (B, H, Nq), in nats, as `entropy_attn.attention` returns it.
+            multiplier: λ √d, the ratio of λ to the trained scale.
+            images: the images in the batch, whose B is a multiple of it: one for each condition of guidance. None
+                takes all of the batch for one condition.
+        """
+        if entropy.dim() != 3:
+            raise ValueError(f"entropy must be (B, H, Nq), got shape {tuple(entropy.shape)}")
+        B, H, _ = entropy.shape
+        halves = B // images if images and B % images == 0 else 1
+        total = entropy.mean(dim=2)
+        if halves < B:
+            total = total.view(halves, B // halves, H).mean(dim=1)
+        means, place = self.record._means, (self.record._run(self, moment.run), layer, moment.step, moment.turn)
+        if place in means:
+            means[place].total = means[place].total + total
+            means[place].calls += 1
+        else:
+            means[place] = _Mean(tokens, multiplier, total)
 
 
 def _mean(values: Iterable[float]) -> float:

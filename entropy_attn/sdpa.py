@@ -1,22 +1,22 @@
-"""Our attention at SDPA: calls of ``F.scaled_dot_product_attention`` inside an enabled layer go to `attention`.
+"""`attention` in the place of ``F.scaled_dot_product_attention``, inside the attention modules that want it.
 
-The process-wide function is replaced while an enabled model needs it, for the entropy or for our kernel. Outside of
-enabled layers the replacement calls the function that it replaced.
+The process-wide function is replaced while it has users: see `install` and `release`. Its replacement calls `attention`
+while the call of such a module, a layer, is noted in `scope`. Otherwise it calls the function that it replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from entropy_attn.attention import AttentionOutput, attention
+from entropy_attn.attention import attention
 
 # The code of every frame in which a module is called; its `self` is the module.
 _MODULE_CALL = torch.nn.Module.__call__.__code__
@@ -24,7 +24,7 @@ _MODULE_CALL = torch.nn.Module.__call__.__code__
 
 @dataclass
 class LayerCall:
-    """One call of an enabled attention module, while it is in progress."""
+    """One call of a layer, while it is in progress."""
 
     module: torch.nn.Module
     multiplier: float | torch.Tensor  # λ √d
@@ -39,6 +39,13 @@ class LayerCall:
     @property
     def is_unscaled(self) -> bool:
         return not isinstance(self.multiplier, torch.Tensor) and self.multiplier == 1.0
+
+    @property
+    def missed(self) -> str | None:
+        """What is missing where `attention` does not run, if it was asked for."""
+        if self.observe is not None:
+            return "entropy not recorded"
+        return "the model's own attention was used" if self.attention == "fused" else None
 
     def is_ours(self, query: torch.Tensor) -> bool:
         """Whether `attention` computes the output. With "auto" the model does at the trained size: same bits."""
@@ -66,7 +73,7 @@ def scope() -> _Scope:
 
 
 def running_call() -> LayerCall | None:
-    """The call of an enabled layer in progress in this thread, or in the trace."""
+    """The call of a layer in progress in this thread, or in the trace."""
     here = scope()
     call = here.call
     if call is None or torch.compiler.is_compiling() or call.traced or is_running(call.module):
@@ -137,13 +144,12 @@ def _replacement(sdpa: Callable) -> Callable:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """SDPA; inside an enabled layer, that layer's attention."""
+        """SDPA; inside a layer, that layer's attention."""
         if torch.jit.is_scripting():
             return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        elif torch.compiler.is_compiling() and scope().cut:
-            return _attend_eagerly(sdpa, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         else:
-            return _attend(sdpa, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            attend = _attend_eagerly if torch.compiler.is_compiling() and scope().cut else _attend
+            return attend(sdpa, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     scaled_dot_product_attention.replaced = sdpa  # type: ignore[attr-defined]
     return scaled_dot_product_attention
@@ -152,53 +158,35 @@ def _replacement(sdpa: Callable) -> Callable:
 _REPLACEMENT = _replacement(F.scaled_dot_product_attention).__code__
 
 
-def _attend(sdpa: Callable, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:
-    call = running_call()
+def _attend(sdpa: Callable, query: torch.Tensor, key: torch.Tensor, *rest, **options) -> torch.Tensor:
+    call, here = running_call(), scope()
     if not torch.compiler.is_compiling() and not _users:
-        _settle()  # another library restored our replacement after the last handle was disabled
+        _settle()  # another library restored our replacement after the last user was gone
     if call is None or key.shape[-2] != call.keys:  # an IP-Adapter attends to its image tokens by another call
-        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return sdpa(query, key, *rest, **options)
     call.attended += 1
-    with _outside():
+    here.call = None  # meanwhile: `attention` on the CPU itself calls SDPA
+    try:
         ours, result = call.is_ours(query), None
         if ours or call.observe is not None:
-            result = _ours(call, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if result is None or not ours:
-            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return result
+            result = _attention(call, query, key, *rest, **options)
+        return result if ours and result is not None else sdpa(query, key, *rest, **options)
+    finally:
+        here.call = call
 
 
 _attend_eagerly = torch.compiler.disable(_attend)
 
 
-def _ours(
-    call: LayerCall, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-) -> torch.Tensor | None:
+def _attention(call: LayerCall, *arguments, **options) -> torch.Tensor | None:
     """The output of `attention`, or None where it cannot run. Observes the entropy where that is wanted."""
     try:
-        result = attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
-            return_entropy=call.observe is not None,
-        )  # fmt: skip
+        result: Any = attention(*arguments, **options, return_entropy=call.observe is not None)
     except (TypeError, ValueError) as error:
-        if call.observe is not None:
-            call.report(f"entropy not recorded: {error}")
-        elif call.attention == "fused":
-            call.report(f"the model's own attention was used: {error}")
+        if call.missed:
+            call.report(f"{call.missed}: {error}")
         return None
-    if isinstance(result, AttentionOutput):
-        if call.observe is not None and result.entropy is not None:
-            call.observe(result.entropy)
-        return result.out
-    return result
-
-
-@contextlib.contextmanager
-def _outside() -> Iterator[None]:
-    """Clear the current call meanwhile: `attention` on the CPU itself calls SDPA."""
-    here = scope()
-    call, here.call = here.call, None
-    try:
-        yield
-    finally:
-        here.call = call
+    if call.observe is None:
+        return result
+    call.observe(result.entropy)
+    return result.out
