@@ -81,7 +81,7 @@ CASES = {
     "num_tokens floating": (
         dict(train_tokens=64, num_tokens=torch.ones(2)),
         ValueError,
-        "num_tokens must be an int, or an int32 or int64 tensor, got torch.float32",
+        "num_tokens must be a number, or a tensor of int32 or int64, got torch.float32",
     ),
     "num_tokens of another shape": (
         dict(train_tokens=64, num_tokens=torch.ones(7, dtype=torch.int64)),
