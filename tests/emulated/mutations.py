@@ -164,11 +164,6 @@ SOURCE = [
         "full_begin = full_begin // N * N", first="key padding",
     ),
     Mutation(
-        "an empty main loop counts backwards", MASKS, "tl.maximum(full_end, full_begin)", "full_end",
-        first="key padding",
-        equivalent=True, unseen="It changes nothing: rows that saw no key in the main loop begin again with all keys.",
-    ),
-    Mutation(
         "holes of a padding mask not seen", MASKS, "== full_end - full_begin, full_end, full_begin)",
         "> 0, full_end, full_begin)", first="key padding",
     ),
