@@ -51,7 +51,9 @@ def attention(
         train_entropy: H_T in nats, the layer's mean entropy at T tokens; λ is then
             sqrt((ln N - H_T) / (ln T - H_T) / D), see `entropy_scale`. Only with `train_tokens`.
         num_tokens: N for the rule; Nk by default. Only with `train_tokens`. An int tensor (B,) on the device of query
-            gives each sample λ from its own N, as in a padded batch. It is not checked: N = 1 gives λ = 0.
+            gives each sample λ from its own N, as in a padded batch. The kernel computes it. The elements are not
+            checked: where ln N is at most H_T, λ is 0, and every key has the same weight; so it is for N = 1 with any
+            H_T.
         layout: "bhnd", or "bnhd" for query, key, value and the output with the axes (B, N, H, D). Neither is copied;
             only a tensor whose last axis is not contiguous is.
         return_entropy: also return the entropy of the softmax rows that were applied, after λ, mask and causality.

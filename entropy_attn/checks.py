@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
-import numpy as np
 import torch
 
 from entropy_attn.backends import BACKENDS
+from entropy_attn.values import flag, integer, module_of, real, type_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The kernel multiplies the scale by log2(e), in float32.
 LARGEST_SCALE = torch.finfo(torch.float32).max * math.log(2.0)
-LARGEST_INT = 2**63 - 1
-LARGEST_FLOAT = int(sys.float_info.max)  # a float here would be a variable to torch.compile(dynamic=True)
 
 
 def plain_tensor(name: str, tensor) -> None:
@@ -78,49 +75,6 @@ def check_layout(layout) -> None:
         raise ValueError(f"layout must be 'bhnd' or 'bnhd', got {layout!r}")
 
 
-def flag(name: str, value) -> bool:
-    """`value` as a bool; numpy's are taken too."""
-    if type(value) is bool:
-        return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    raise TypeError(f"{name} must be a bool, got {type_of(value)}")
-
-
-def integer(name: str, value, kinds: str = "an int"):
-    """`value` as an int, a symbolic one while tracing, or None; numpy's are taken too."""
-    if isinstance(value, np.integer):
-        value = int(value)
-    if value is None or isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {kinds}, got {type_of(value)}")
-    if not -LARGEST_INT <= value <= LARGEST_INT:  # the operator takes 64 bits
-        raise ValueError(f"{name} must be {'below 2**63' if value > 0 else 'above -2**63'}, got {value}")
-    return value
-
-
-def integer_from(name: str, value, least: int):
-    """`value` as an int of at least `least`."""
-    if value is None:
-        raise TypeError(f"{name} must be an int, got NoneType")
-    value = integer(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def real(name: str, value, kinds: str = "a float"):
-    """`value` as a number, a symbolic one while tracing; numpy's are taken too."""
-    if isinstance(value, (np.floating, np.integer)):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be {kinds}, got {type_of(value)}")
-    if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
-        raise ValueError(f"{name} must be finite in float64, got an int of {value.bit_length()} bits")
-    return value
-
-
 def check_no_dropout(dropout_p) -> None:
     if real("dropout_p", dropout_p) != 0:
         raise ValueError(f"dropout_p must be 0, got {dropout_p}: this is attention for inference")
@@ -145,15 +99,6 @@ def backend_name(backend) -> str:
     return backend
 
 
-def type_of(value) -> str:
-    kind = type(value)
-    return kind.__name__ if module_of(kind) in ("", "builtins") else f"{module_of(kind)}.{kind.__name__}"
-
-
-def module_of(kind: type) -> str:
-    return getattr(kind, "__module__", "")  # a class made by type() may have none
-
-
 def operator_arguments(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, train_tokens, train_entropy, num_tokens,
     layout, return_entropy, return_lse, backend,
@@ -173,7 +118,7 @@ def operator_arguments(
         _check_mask(attn_mask, query, key)
     train_tokens, num_tokens_tensor = integer("train_tokens", train_tokens), None
     if isinstance(num_tokens, torch.Tensor):
-        _check_num_tokens_tensor(num_tokens, query)
+        check_one_of_each("num_tokens", num_tokens, (torch.int32, torch.int64), query, "B", query.shape[0])
         num_tokens_tensor = num_tokens
     else:
         num_tokens = integer("num_tokens", num_tokens, "an int or a tensor")
@@ -292,13 +237,15 @@ def _check_scale_tensor(scale, query) -> None:
         )
 
 
-def _check_num_tokens_tensor(num_tokens, query) -> None:
-    plain_tensor("num_tokens", num_tokens)
-    if num_tokens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"num_tokens must be an int, or an int32 or int64 tensor, got {num_tokens.dtype}")
-    check_device("num_tokens", num_tokens, query)
-    if tuple(num_tokens.shape) != (query.shape[0],):
-        raise ValueError(f"num_tokens must have shape (B,) = ({query.shape[0]},), got {tuple(num_tokens.shape)}")
+def check_one_of_each(name: str, tensor, dtypes, query, axis: str, count) -> None:
+    """Raise unless it is a tensor with one number of each of the `count` samples or sequences. axis: "B" or "S"."""
+    plain_tensor(name, tensor)
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name} must be a number, or a tensor of {allowed}, got {tensor.dtype}")
+    check_device(name, tensor, query)
+    if tuple(tensor.shape) != (count,):
+        raise ValueError(f"{name} must have shape ({axis},) = ({count},), got {tuple(tensor.shape)}")
 
 
 def refuse_grad(**inputs) -> None:

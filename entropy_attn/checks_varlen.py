@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from entropy_attn import checks
+from entropy_attn import checks, values
 from entropy_attn.backends import Packed
 
 
@@ -15,7 +15,7 @@ def operator_arguments(
     train_tokens, train_entropy, return_entropy, return_lse, check, backend,
 ):  # fmt: skip
     """The arguments of the operator from those of `attention_varlen`; TypeError or ValueError for what cannot run."""
-    _check_inputs(query, key, value, checks.flag("enable_gqa", enable_gqa))
+    _check_inputs(query, key, value, values.flag("enable_gqa", enable_gqa))
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_cu_seqlens(name, cu_seqlens, query)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -23,8 +23,8 @@ def operator_arguments(
             f"cu_seqlens_k must have the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}, "
             f"got {tuple(cu_seqlens_k.shape)}"
         )
-    max_seqlen_q = checks.integer_from("max_seqlen_q", max_seqlen_q, 0)
-    max_seqlen_k = checks.integer_from("max_seqlen_k", max_seqlen_k, 0)
+    max_seqlen_q = values.integer_from("max_seqlen_q", max_seqlen_q, 0)
+    max_seqlen_k = values.integer_from("max_seqlen_k", max_seqlen_k, 0)
     S, H = cu_seqlens_q.shape[0] - 1, query.shape[1]
     scale_tensor = train_tokens_tensor = train_entropy_tensor = None
     _check_rule(scale, train_tokens, train_entropy)
@@ -38,22 +38,22 @@ def operator_arguments(
     elif scale is not None:
         scale = checks.scale_number(scale)
     if isinstance(train_tokens, torch.Tensor):
-        _check_per_sequence("train_tokens", train_tokens, (torch.int32, torch.int64), query, S)
+        checks.check_one_of_each("train_tokens", train_tokens, (torch.int32, torch.int64), query, "S", S)
         train_tokens_tensor, train_tokens = train_tokens, None
     else:
-        train_tokens = checks.integer("train_tokens", train_tokens, "an int or a tensor")
+        train_tokens = values.integer("train_tokens", train_tokens, "an int or a tensor")
     if isinstance(train_entropy, torch.Tensor):
-        _check_per_sequence("train_entropy", train_entropy, (torch.float32, torch.float64), query, S)
+        checks.check_one_of_each("train_entropy", train_entropy, (torch.float32, torch.float64), query, "S", S)
         train_entropy_tensor, train_entropy = train_entropy, 0
     else:
-        train_entropy = checks.real("train_entropy", train_entropy, "a float or a tensor")
+        train_entropy = values.real("train_entropy", train_entropy, "a float or a tensor")
     if torch.is_grad_enabled():
         checks.refuse_grad(query=query, key=key, value=value, scale=scale_tensor, train_entropy=train_entropy_tensor)
     return (
         query, key, value, cu_seqlens_q, cu_seqlens_k, scale_tensor, train_tokens_tensor, train_entropy_tensor,
-        max_seqlen_q, max_seqlen_k, scale, train_tokens, train_entropy, checks.flag("is_causal", is_causal),
-        checks.flag("check", check), checks.flag("return_entropy", return_entropy),
-        checks.flag("return_lse", return_lse), checks.backend_name(backend),
+        max_seqlen_q, max_seqlen_k, scale, train_tokens, train_entropy, values.flag("is_causal", is_causal),
+        values.flag("check", check), values.flag("return_entropy", return_entropy),
+        values.flag("return_lse", return_lse), checks.backend_name(backend),
     )  # fmt: skip
 
 
@@ -93,16 +93,6 @@ def _check_rule(scale, train_tokens, train_entropy) -> None:
     elif isinstance(train_entropy, torch.Tensor) or train_entropy != 0:
         given = "a tensor" if isinstance(train_entropy, torch.Tensor) else train_entropy
         raise ValueError(f"train_entropy needs train_tokens, got train_entropy={given} alone")
-
-
-def _check_per_sequence(name: str, tensor, dtypes, query, S) -> None:
-    checks.plain_tensor(name, tensor)
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name} must be a number, or a tensor of {allowed}, got {tensor.dtype}")
-    checks.check_device(name, tensor, query)
-    if tuple(tensor.shape) != (S,):
-        raise ValueError(f"{name} must have shape (S,) = ({S},), got {tuple(tensor.shape)}")
 
 
 def check_lengths(packed: Packed) -> None:

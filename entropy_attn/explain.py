@@ -6,10 +6,13 @@ import dataclasses
 import inspect
 from typing import Any
 
+import torch
+
 from entropy_attn import checks
 from entropy_attn.attention import attention
 from entropy_attn.backends import choose
-from entropy_attn.op import resolve_scale, scale_as_tensor
+from entropy_attn.op import resolve_scale
+from entropy_attn.scale import SampleRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +48,15 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     query, key, value, attn_mask, scale_tensor, scale, *rule, is_causal, return_entropy, return_lse, backend = (
         checks.operator_arguments(**given)
     )
-    train_tokens, train_entropy, num_tokens, num_tokens_tensor = rule
+    train_tokens, _, num_tokens, num_tokens_tensor = rule
     backend, reason = choose(query, value, backend)
-    if num_tokens_tensor is not None:
-        num_tokens_tensor = num_tokens_tensor.to("meta")  # nothing runs
-    scale_tensor = scale_as_tensor(query, scale_tensor, train_tokens, train_entropy, num_tokens_tensor)
-    if scale_tensor is None:
-        scale = resolve_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
+    resolved = resolve_scale(query, key, scale_tensor, scale, *rule)
     config = None
     if backend == "triton":
         from entropy_attn.backends.triton import config_of
 
-        given_scale = scale if scale_tensor is None else scale_tensor
-        config = config_of(query, key, value, attn_mask, given_scale, is_causal, return_entropy, return_lse)
+        config = config_of(query, key, value, attn_mask, resolved, is_causal, return_entropy, return_lse)
     if num_tokens is None and num_tokens_tensor is None:
         num_tokens = key.shape[2]
+    scale = None if isinstance(resolved, (torch.Tensor, SampleRule)) else resolved
     return Explanation(backend, reason, scale, num_tokens, train_tokens, config)

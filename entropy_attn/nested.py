@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from entropy_attn.checks import check_layout, check_no_dropout, integer, module_of, type_of
+from entropy_attn.checks import check_layout, check_no_dropout
 from entropy_attn.output import AttentionOutput
+from entropy_attn.values import integer, module_of, type_of
 from entropy_attn.varlen import attention_varlen
 
 

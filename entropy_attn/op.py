@@ -14,11 +14,11 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from entropy_attn import checks, checks_varlen
-from entropy_attn.backends import Packed, load, new_outputs, new_varlen_outputs
-from entropy_attn.scale import LengthRule, entropy_scale, tensor_scale
+from entropy_attn.backends import Packed, load, new_outputs, new_varlen_outputs, scale_of_rows
+from entropy_attn.scale import LengthRule, SampleRule, entropy_scale
 
 
-def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) -> float:
+def scale_number(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) -> float:
     """λ as a number: from the rule if train_tokens is given, else `scale`, else 1/sqrt(head_dim)."""
     if train_tokens is not None:
         num_tokens = Nk if num_tokens is None else num_tokens
@@ -26,20 +26,21 @@ def resolve_scale(head_dim, Nk, scale, train_tokens, train_entropy, num_tokens) 
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
-def scale_as_tensor(query, scale_tensor, train_tokens, train_entropy, num_tokens_tensor) -> torch.Tensor | None:
-    """λ as a view (B, H, Nq) if it is a tensor, else None: `scale_tensor`, or the rule's with `num_tokens_tensor`."""
-    if num_tokens_tensor is not None:  # (B,)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        scale_tensor = tensor_scale(num_tokens_tensor, train_tokens, query.shape[3], train_entropy, dtype)
-    if scale_tensor is None:
-        return None
-    while 0 < scale_tensor.dim() < 3:  # (B,) and (B, H)
-        scale_tensor = scale_tensor.unsqueeze(-1)
-    return scale_tensor.expand(query.shape[:3])
-
-
 # Only for the running operator: while tracing, sizes are symbolic and cannot be keys of a cache.
-_remembered_scale = functools.lru_cache(maxsize=1024)(resolve_scale)
+_remembered_scale = functools.lru_cache(maxsize=1024)(scale_number)
+
+
+def resolve_scale(
+    query, key, scale_tensor, scale, train_tokens, train_entropy, num_tokens, num_tokens_tensor, number=scale_number
+) -> float | torch.Tensor | SampleRule:
+    """λ in the form that a backend takes. number: `scale_number`, or one that remembers."""
+    if num_tokens_tensor is not None:
+        rule = SampleRule(num_tokens_tensor, train_tokens, train_entropy)
+        rule.check()
+        return rule
+    if scale_tensor is not None:
+        return scale_of_rows(scale_tensor, query)
+    return number(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
 
 
 def _attention(
@@ -62,10 +63,8 @@ def _attention(
 
     The operator's schema is this signature.
     """
-    resolved: float | torch.Tensor | None
-    resolved = scale_as_tensor(query, scale_tensor, train_tokens, train_entropy, num_tokens_tensor)
-    if resolved is None:
-        resolved = _remembered_scale(query.shape[3], key.shape[2], scale, train_tokens, train_entropy, num_tokens)
+    rule = (train_tokens, train_entropy, num_tokens, num_tokens_tensor)
+    resolved = resolve_scale(query, key, scale_tensor, scale, *rule, _remembered_scale)
     run = load(query, value, backend).forward
     return _tensors(query, run(query, key, value, attn_mask, resolved, is_causal, return_entropy, return_lse))
 

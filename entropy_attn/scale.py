@@ -55,7 +55,7 @@ def entropy_scale(num_tokens, train_tokens, head_dim, train_entropy=0.0):
     if not isinstance(train_entropy, torch.Tensor):
         _check_train_entropy(train_entropy, numbers)
     if any(isinstance(x, torch.Tensor) for x in (num_tokens, train_tokens, train_entropy)):
-        return tensor_scale(num_tokens, train_tokens, head_dim, train_entropy)
+        return torch.sqrt(entropy_ratio(num_tokens, train_tokens, train_entropy)) / math.sqrt(head_dim)
     return math.sqrt(entropy_ratio(num_tokens, train_tokens, train_entropy)) / math.sqrt(head_dim)
 
 
@@ -96,11 +96,7 @@ class LengthRule(NamedTuple):
 
     def check(self) -> None:
         """Raise for a number out of its range. Elements of tensors are not looked at."""
-        numbers = {} if isinstance(self.train_tokens, torch.Tensor) else {"train_tokens": self.train_tokens}
-        for name, number in numbers.items():
-            _check_int(name, number, at_least=2)
-        if not isinstance(self.train_entropy, torch.Tensor):
-            _check_train_entropy(self.train_entropy, numbers)
+        _check_trained(self.train_tokens, self.train_entropy)
 
     def scales(self, lengths: list[int], head_dim: int) -> list[float]:
         """λ of sequences of these numbers of keys. Reads the tensors."""
@@ -109,6 +105,24 @@ class LengthRule(NamedTuple):
             for x in (self.train_tokens, self.train_entropy)
         ]
         return [length_scale(n, t, head_dim, h) for n, t, h in zip(lengths, *numbers, strict=True)]
+
+
+class SampleRule(NamedTuple):
+    """The rule of `entropy_scale` for a padded batch. num_tokens: the N of each sample, integers (B,)."""
+
+    num_tokens: torch.Tensor
+    train_tokens: int
+    train_entropy: float
+
+    def check(self) -> None:
+        """Raise for a number out of its range. Elements of num_tokens are not looked at."""
+        _check_trained(self.train_tokens, self.train_entropy)
+
+    def scales(self, head_dim: int) -> torch.Tensor:
+        """λ (B,) in float64, for any N: 0 where ln N is at most H_T."""
+        at_least_1 = self.num_tokens.clamp(min=1)
+        ratio = entropy_ratio(at_least_1, self.train_tokens, self.train_entropy, torch.float64)
+        return ratio.clamp(min=0.0).sqrt() / math.sqrt(head_dim)
 
 
 def length_scale(num_tokens: int, train_tokens: int, head_dim: int, train_entropy: float) -> float:
@@ -128,6 +142,15 @@ def _check_int(name: str, value: object, at_least: int) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
+def _check_trained(train_tokens: int | torch.Tensor, train_entropy: float | torch.Tensor) -> None:
+    """Raise for a T or an H_T that is a number out of its range."""
+    numbers = {} if isinstance(train_tokens, torch.Tensor) else {"train_tokens": train_tokens}
+    for name, number in numbers.items():
+        _check_int(name, number, at_least=2)
+    if not isinstance(train_entropy, torch.Tensor):
+        _check_train_entropy(train_entropy, numbers)
+
+
 def _check_train_entropy(value: float, numbers: dict) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"train_entropy must be a float or a tensor, got {type(value).__name__}")
@@ -139,8 +162,3 @@ def _check_train_entropy(value: float, numbers: dict) -> None:
                 f"train_entropy must be below ln({name}) = {math.log(number):.4f} nats, got {value}: "
                 f"no scale gives {number} tokens that entropy"
             )
-
-
-def tensor_scale(num_tokens, train_tokens, head_dim: int, train_entropy, dtype=torch.float32) -> torch.Tensor:
-    """`entropy_scale` of tensors in `dtype`, unchecked."""
-    return torch.sqrt(entropy_ratio(num_tokens, train_tokens, train_entropy, dtype)) / math.sqrt(head_dim)

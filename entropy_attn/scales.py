@@ -27,7 +27,7 @@ import math
 
 import torch
 
-from entropy_attn import checks
+from entropy_attn import checks, values
 from entropy_attn.scale import entropy_ratio
 
 __all__ = ["causal_entropy", "grok", "llama4", "log_n", "longrope", "ministral3", "ssmax"]
@@ -58,7 +58,7 @@ def causal_entropy(
         beyond_training_only: leave rows of N_i <= T keys at 1/sqrt(D), as a model that was trained with 1/sqrt(D) at
             every row needs it.
     """
-    T = checks.integer_from("train_tokens", train_tokens, 2)
+    T = values.integer_from("train_tokens", train_tokens, 2)
     H_T = _real("train_entropy", train_entropy)
     if not 0 <= H_T < math.log(T):
         raise ValueError(f"train_entropy must be in 0 … ln(train_tokens) = {math.log(T):.4f} nats, got {H_T}")
@@ -86,7 +86,7 @@ def log_n(
         train_tokens: T, the length of the training sequences; at least 2.
         beyond_training_only: leave rows of N_i <= T keys at 1/sqrt(D).
     """
-    T = checks.integer_from("train_tokens", train_tokens, 2)
+    T = values.integer_from("train_tokens", train_tokens, 2)
     rows = _Rows(query, positions, layout)
     return rows.scale(_keys_seen(rows.positions, T, beyond_training_only).double().log() / math.log(T))
 
@@ -132,7 +132,7 @@ def llama4(
         floor_scale: in tokens, at least 1.
         attn_scale: a finite number.
     """
-    floor_scale = checks.integer_from("floor_scale", floor_scale, 1)
+    floor_scale = values.integer_from("floor_scale", floor_scale, 1)
     attn_scale = _real("attn_scale", attn_scale)
     rows = _Rows(query, positions, layout)
     return rows.scale(1 + attn_scale * _log1p_floor(rows.positions + 1, floor_scale))
@@ -157,7 +157,7 @@ def ministral3(
         original_max_position_embeddings: in tokens, at least 1.
         llama_4_scaling_beta: β, a finite number.
     """
-    length = checks.integer_from("original_max_position_embeddings", original_max_position_embeddings, 1)
+    length = values.integer_from("original_max_position_embeddings", original_max_position_embeddings, 1)
     beta = _real("llama_4_scaling_beta", llama_4_scaling_beta)
     rows = _Rows(query, positions, layout)
     return rows.scale(1 + beta * _log1p_floor(rows.positions, length))
@@ -179,7 +179,7 @@ def grok(
         query, positions, layout: see the module.
         attn_temperature_len: L in tokens, at least 2.
     """
-    L = checks.integer_from("attn_temperature_len", attn_temperature_len, 2)
+    L = values.integer_from("attn_temperature_len", attn_temperature_len, 2)
     rows = _Rows(query, positions, layout)
     return rows.scale(rows.positions.clamp(min=L).double().log() / math.log(L))
 
@@ -208,8 +208,8 @@ def longrope(
     Returns:
         λ as a tensor of shape ().
     """
-    M = checks.integer_from("max_position_embeddings", max_position_embeddings, 1)
-    L = checks.integer_from("original_max_position_embeddings", original_max_position_embeddings, 2)
+    M = values.integer_from("max_position_embeddings", max_position_embeddings, 1)
+    L = values.integer_from("original_max_position_embeddings", original_max_position_embeddings, 2)
     _, _, _, D = _shape(query, layout)
     return torch.full((), max(1.0, math.log(M) / math.log(L)) / math.sqrt(D), dtype=_dtype(query), device=query.device)
 
@@ -265,7 +265,7 @@ def _dtype(query: torch.Tensor) -> torch.dtype:
 def _keys_seen(positions: torch.Tensor, train_tokens: int, beyond_training_only: bool) -> torch.Tensor:
     """N_i = position + 1; with `beyond_training_only` at least T, where the rules give 1/sqrt(D)."""
     seen = positions + 1
-    return seen.clamp(min=train_tokens) if checks.flag("beyond_training_only", beyond_training_only) else seen
+    return seen.clamp(min=train_tokens) if values.flag("beyond_training_only", beyond_training_only) else seen
 
 
 def _log1p_floor(tokens: torch.Tensor, length: int) -> torch.Tensor:
@@ -274,7 +274,7 @@ def _log1p_floor(tokens: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _real(name: str, value: float, kinds: str = "a float") -> float:
-    value = checks.real(name, value, kinds)
+    value = values.real(name, value, kinds)
     if not -math.inf < value < math.inf:  # math.isfinite takes no number that torch.compile made a variable
         raise ValueError(f"{name} must be finite, got {value}")
     return value

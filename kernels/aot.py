@@ -32,6 +32,12 @@ SHARED_MEMORY = {
     "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10,
 }  # fmt: skip
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_ALIGNED = [["tt.divisibility", 16]]
+# The type of the argument Scale, by `Config.scale`.
+_SCALES: dict[str, Any] = {
+    "number": "fp32", "per_head": "*fp32", "per_query": "*fp32", "num_tokens": ("*i64", "fp32", "fp32"),
+    "lengths": ("fp32", "fp32"), "lengths_per_sequence": ("*fp32", "*fp32"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +70,25 @@ def compile_config(
     }  # fmt: skip
     if packed:
         pointees |= {"Cu_seqlens_q": "i32", "Cu_seqlens_k": "i32"}
-        if config.scale != "lengths":
-            pointees["Train_entropy"] = "fp32" if config.scale == "lengths_per_sequence" else None
     else:
         pointees["Mask"] = {"none": None, "boolean": "u8", "floating": _TYPES[mask_dtype or dtype]}[config.mask]
-    if config.scale not in ("number", "lengths"):
-        pointees["Scale"] = "fp32"
     constants: dict[str, Any] = {name: None for name, pointee in pointees.items() if pointee is None} | {"C": config}
     if config.mask != "none":
         constants["stride_mn"] = 1
-    signature, attributes = {}, {}
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in pointees:
             signature[name] = f"*{pointees[name]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = _ALIGNED
+        elif name == "Scale":
+            signature[name] = kind = _SCALES[config.scale]
+            parts = [((index, i), x) for i, x in enumerate(kind)] if isinstance(kind, tuple) else [((index,), kind)]
+            attributes |= {path: _ALIGNED for path, x in parts if x.startswith("*")}
         else:
-            signature[name] = "fp32" if name in ("Scale", "Train_entropy") else "i32"
+            signature[name] = "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=_target(architecture), options=config.launch_options)
 

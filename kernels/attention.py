@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import masks, rows, softmax
+from .scale import token_scale
 
 # Stands in for a scale of 0: too small to tell any two scores apart, but times -inf it is still -inf.
 SMALLEST = tl.constexpr(1.1754943508222875e-38)
@@ -158,8 +159,9 @@ def attention_forward(
 
     Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, Dv) and Out (B, H, Nq, Dv): any strides, in units of C.row_unit
     elements; that of the last axis is 1. Mask (B, H, Nq, Nk), uint8 or floating, or None: strides may be 0; all but
-    the last are in units of C.mask_unit elements. Scale: a number, or float32 (B, H, Nq) of any strides. Entropy and
-    Lse: float32 (B, H, Nq), or None. C: a `config.Config`.
+    the last are in units of C.mask_unit elements. Scale: by C.scale a number; float32 (B, H, Nq) of any strides; or
+    (N, T, H_T) with N an integer (B,) of any stride, and T and H_T numbers. Entropy and Lse: float32 (B, H, Nq), or
+    None. C: a `config.Config`.
     """
     M: tl.constexpr = C.tile.block_m
     N: tl.constexpr = C.tile.block_n
@@ -183,12 +185,14 @@ def attention_forward(
         mask = Mask + (batch * stride_mb + head * stride_mh) * C.mask_unit
         mask = masks.mask_rows(mask, stride_mm, stride_mn, tile.to(tl.int64) * M, Nq, C)
 
-    scale = Scale
-    if C.scale != "number":
-        scale = Scale + batch * stride_sb + head * stride_sh
-        if C.scale == "per_query":  # [M]
-            scale = tl.load(scale + query_index.to(tl.int64) * stride_sn, mask=query_index < Nq, other=1.0)
-        else:
-            scale = tl.load(scale)
+    if C.scale == "number":
+        scale = Scale
+    elif C.scale == "per_head":
+        scale = tl.load(Scale + batch * stride_sb + head * stride_sh)
+    elif C.scale == "per_query":  # [M]
+        scale = Scale + batch * stride_sb + head * stride_sh + query_index.to(tl.int64) * stride_sn
+        scale = tl.load(scale, mask=query_index < Nq, other=1.0)
+    else:
+        scale = token_scale(tl.load(Scale[0] + batch * stride_sb), Scale[1], Scale[2], C)
     row = batch_head.to(tl.int64) * Nq
     attend_all(Head(q_rows, k_rows, v_rows, out_rows, mask, scale, Entropy, Lse, row), tile, query_index, Nq, Nk, C)

@@ -21,8 +21,9 @@ class Config:
     precision: of tl.dot with float32, "ieee", "tf32" or "tf32x3".
     mask: "none", "boolean" or "floating". mask_per_query: its rows differ from query to query; else all queries of a
         head share one row of keys.
-    scale: "number", or of a tensor "per_head" or "per_query". For packed sequences also "lengths": the rule of T, from
-        the length of each sequence, or "lengths_per_sequence", where each has its own T.
+    scale: "number", or of a tensor "per_head" or "per_query", or "num_tokens": the rule of T, from each sample's N. For
+        packed sequences "number", "per_head", "lengths": the rule of T, from the length of each sequence, or
+        "lengths_per_sequence", where each has its own T.
     row_unit, mask_unit: strides are given in units of that many elements. The unit tells the compiler how far every
         row is aligned, so that it loads 16 bytes at once.
     large_offsets: an offset inside one tile can pass 2^31 elements.

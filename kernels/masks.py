@@ -19,7 +19,8 @@ class MaskRows(NamedTuple):
 
 class Visible(NamedTuple):
     """Keys outside begin .. end are hidden from the whole tile. Keys in full_begin .. full_end, a whole number of
-    blocks, are visible to the whole tile, and a shared mask adds 0 to their scores."""
+    blocks, are visible to the whole tile, and a shared mask adds 0 to their scores. If full_end is not above full_begin
+    there are none, and all keys are left to the edge loop (`softmax.begin_again`)."""
 
     begin: tl.tensor
     full_begin: tl.tensor
@@ -95,8 +96,6 @@ def visible_keys(mask, tile, Nq, Nk, C: tl.constexpr):
         full_end = tl.minimum(full_end, tile * C.tile.block_m + 1)
         end = tl.minimum(end, tl.minimum(Nq, (tile + 1) * C.tile.block_m))
     full_end = full_end // N * N
-    if SHARED:
-        full_end = tl.maximum(full_end, full_begin)
     return Visible(begin, full_begin, full_end, end)
 
 

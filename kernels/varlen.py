@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import attention, rows
+from .scale import token_scale
 
 
 @triton.jit
@@ -20,19 +21,6 @@ def bounds(Cu_seqlens, sequence, total, longest):
     return begin, tl.minimum(end - begin, longest).to(tl.int32)
 
 
-@triton.jit
-def length_scale(Nk, train_tokens, train_entropy, C: tl.constexpr):
-    """λ = sqrt((ln N - H_T) / (ln T - H_T) / D) for N = Nk keys; 0 where ln N is at most H_T, and NaN where T or H_T
-    is out of its range. At N = T it is 1 / sqrt(D) exactly."""
-    ROOT: tl.constexpr = C.head_dim**-0.5
-    log_n = tl.log(tl.maximum(Nk, 1).to(tl.float32))
-    log_t = tl.log(train_tokens)
-    above = log_n - train_entropy
-    ratio = tl.div_rn(tl.where(above < 0.0, 0.0, above), log_t - train_entropy)
-    valid = (train_tokens >= 2.0) & (train_entropy >= 0.0) & (train_entropy < log_t)
-    return tl.where(valid, tl.sqrt_rn(ratio), float("nan")) * ROOT
-
-
 @triton.jit(
     do_not_specialize=[
         "stride_qn", "stride_qh", "stride_kn", "stride_kh", "stride_vn", "stride_vh", "stride_on", "stride_oh",
@@ -40,7 +28,7 @@ def length_scale(Nk, train_tokens, train_entropy, C: tl.constexpr):
     ]
 )  # fmt: skip
 def attention_varlen_forward(
-    Q, K, V, Cu_seqlens_q, Cu_seqlens_k, Scale, Train_entropy, Out, Entropy, Lse,
+    Q, K, V, Cu_seqlens_q, Cu_seqlens_k, Scale, Out, Entropy, Lse,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh, stride_ss, stride_sh,
     H, Hkv, total_q, total_k, max_seqlen_q, max_seqlen_k,
     C: tl.constexpr,
@@ -49,10 +37,10 @@ def attention_varlen_forward(
 
     Q (total_q, H, D), K (total_k, Hkv, D), V (total_k, Hkv, Dv) and Out (total_q, H, Dv): any strides, in units of
     C.row_unit elements; that of the last axis is 1. Cu_seqlens_q and Cu_seqlens_k: int32 (S + 1,), where each sequence
-    begins and the last one ends. Scale: by C.scale a number; float32 (S, H) of any strides; or T, as a float or float32
-    (S,). Train_entropy: H_T in the form of T, else None. Entropy and Lse: float32 (H, total_q), or None. Rows in no
-    sequence are not written. The grid has S * H * cdiv(max_seqlen_q, BLOCK_M) programs, for any lengths; a program
-    beyond the end of its sequence returns at once.
+    begins and the last one ends. Scale: by C.scale a number; float32 (S, H) of any strides; or (T, H_T), two
+    numbers or two float32 (S,). Entropy and Lse: float32 (H, total_q), or None. Rows in no sequence are not written.
+    The grid has S * H * cdiv(max_seqlen_q, BLOCK_M) programs, for any lengths; a program beyond the end of its sequence
+    returns at once.
     C: a `config.Config`.
     """
     M: tl.constexpr = C.tile.block_m
@@ -79,13 +67,14 @@ def attention_varlen_forward(
     v_rows = rows.rows_at(V + (begin_k * stride_vn + key_head * stride_vh) * C.row_unit, stride_vn, N, C)
     out_rows = rows.rows_at(Out + (begin_q * stride_on + head * stride_oh) * C.row_unit, stride_on, M, C)
 
-    scale = Scale
-    if C.scale == "per_head":
+    if C.scale == "number":
+        scale = Scale
+    elif C.scale == "per_head":
         scale = tl.load(Scale + sequence.to(tl.int64) * stride_ss + head * stride_sh)
     elif C.scale == "lengths":
-        scale = length_scale(Nk, Scale, Train_entropy, C)
-    elif C.scale == "lengths_per_sequence":
-        scale = length_scale(Nk, tl.load(Scale + sequence), tl.load(Train_entropy + sequence), C)
+        scale = token_scale(Nk, Scale[0], Scale[1], C)
+    else:
+        scale = token_scale(Nk, tl.load(Scale[0] + sequence), tl.load(Scale[1] + sequence), C)
     row = head * total_q + begin_q
     whole = attention.Head(q_rows, k_rows, v_rows, out_rows, None, scale, Entropy, Lse, row)
     attention.attend_all(whole, tile, query_index, Nq, Nk, C)

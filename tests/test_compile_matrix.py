@@ -172,6 +172,9 @@ for (mask, mask_per_query), dtype in itertools.product(masks, ("float16", "float
         is_causal=plain, scale="per_query" if plain else "per_head", large_offsets=plain, row_unit=1 if plain else 8,
     )
     assert aot.resources(kernel).shared <= aot.SHARED_MEMORY[sys.argv[1]], (mask, dtype)
+for dtype in ("float16", "float32"):
+    kernel = aot.compile_kernel(sys.argv[1], dtype, 40, 24, entropy=True, mask="boolean", scale="num_tokens")
+    assert aot.resources(kernel).shared <= aot.SHARED_MEMORY[sys.argv[1]], dtype
 scales = ("number", "per_head", "lengths", "lengths_per_sequence")
 for (i, scale), dtype in itertools.product(enumerate(scales), ("float16", "float32")):
     config = configure(

@@ -81,7 +81,7 @@ CASES = {
     "num_tokens floating": (
         dict(train_tokens=64, num_tokens=torch.ones(2)),
         ValueError,
-        "num_tokens must be an int, or an int32 or int64 tensor, got torch.float32",
+        "num_tokens must be a number, or a tensor of int32 or int64, got torch.float32",
     ),
     "num_tokens of another shape": (
         dict(train_tokens=64, num_tokens=torch.ones(7, dtype=torch.int64)),
@@ -156,6 +156,16 @@ CASES = {
     "N too small": (tensors(Nk=1) | dict(train_tokens=9), ValueError, "num_tokens must be at least 2, got 1"),
     "H_T too large": (dict(train_tokens=9, train_entropy=2.3), ValueError, "train_entropy must be below ln"),
     "H_T negative": (dict(train_tokens=9, train_entropy=-1.0), ValueError, "train_entropy must be a finite number"),
+    "T too small with N of each": (
+        dict(train_tokens=1, num_tokens=torch.tensor([3, 4])),
+        ValueError,
+        "train_tokens must be at least 2, got 1",
+    ),
+    "H_T too large with N of each": (
+        dict(train_tokens=9, train_entropy=2.3, num_tokens=torch.tensor([3, 4])),
+        ValueError,
+        r"train_entropy must be below ln\(train_tokens\) = 2.1972 nats, got 2.3",
+    ),
     "layout": (dict(layout="nbhd"), ValueError, "layout must be 'bhnd' or 'bnhd', got 'nbhd'"),
     "backend": (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'reference', got"),
     "flag not a bool": (dict(return_entropy="yes"), TypeError, "return_entropy must be a bool, got str"),

@@ -47,6 +47,21 @@ def test_graph_capture_and_replay_with_a_tensor_scale():
         assert_attends(captured, *inputs, scale=float(scale))
 
 
+def test_graph_capture_and_replay_with_num_tokens():
+    inputs = qkv()
+    num_tokens = torch.full((inputs[0].shape[0],), 2, device="cuda")
+    options = {"train_tokens": 512, "train_entropy": 0.5, "num_tokens": num_tokens, "return_entropy": True}
+    attention(*inputs, **options)  # compile before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(*inputs, **options)
+    for N in (256, 512, 2048):
+        num_tokens.fill_(N)
+        graph.replay()
+        assert_attends(captured, *inputs, scale=entropy_scale(N, 512, 64, 0.5))
+
+
 @pytest.mark.parametrize("head_dim", [40, 64])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -101,10 +116,12 @@ def test_malformed_ends_of_packed_sequences_stay_inside_the_tensors():
 
 def test_tensor_scale_does_not_synchronise():
     inputs, scale = qkv(), torch.full((2, 4), 0.1, device="cuda")
+    num_tokens = torch.full((2,), 100, device="cuda")
     attention(*inputs, scale=scale)
     torch.cuda.set_sync_debug_mode("error")
     try:
         attention(*inputs, scale=scale, return_entropy=True)
+        attention(*inputs, train_tokens=64, num_tokens=num_tokens, return_entropy=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

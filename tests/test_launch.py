@@ -30,6 +30,8 @@ PACKED_NEVER = {n for n in PACKED_NAMES if n.startswith(("stride_", "total_", "m
 
 def kind(name: str, value):
     """The part of an argument that selects the compiled kernel."""
+    if isinstance(value, tuple):
+        return tuple(kind(name, x) for x in value)
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
     if value is None or name in NEVER | PACKED_NEVER or isinstance(value, float):
@@ -99,6 +101,14 @@ def test_lengths_heads_and_strides_take_one_kernel(monkeypatch):
     calls = [
         {**qkv(N, H=H, B=B), "return_entropy": True, "scale": 1 / math.sqrt(N)}
         for N in (16, 33, 64) for H in (1, 2, 5) for B in (1, 3)
+    ]  # fmt: skip
+    assert len(kernels_of(calls, monkeypatch)) == 1
+
+
+def test_numbers_of_tokens_take_one_kernel(monkeypatch):
+    calls = [
+        {**qkv(B=B), "train_tokens": T, "train_entropy": H_T, "num_tokens": torch.full((B,), N)}
+        for B in (1, 2, 5) for T in (2, 16, 64) for H_T in (0.0, 0.5) for N in (1, 48, 64)
     ]  # fmt: skip
     assert len(kernels_of(calls, monkeypatch)) == 1
 

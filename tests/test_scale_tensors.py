@@ -80,6 +80,42 @@ def test_num_tokens_per_sample(backend, dtype):
         torch.testing.assert_close(result.entropy[i], one.entropy[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_few_tokens_for_the_rule_have_scale_0(backend):
+    """N of 1, 0 and less, and N at most exp(H_T), as for packed sequences. Every key has the same weight."""
+    query, key, value = (x.repeat(2, 1, 1, 1) for x in qkv())
+    for train_entropy, num_tokens in ((0.0, [1, 0, -7, 2]), (1.5, [4, 1, 0, 5])):
+        result = attention(
+            query, key, value, train_tokens=64, train_entropy=train_entropy, num_tokens=torch.tensor(num_tokens),
+            return_entropy=True, backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(result.entropy[:3], torch.full((3, H, Nq), math.log(Nk)))
+        torch.testing.assert_close(result.out[:3], value[:3].mean(2, keepdim=True).expand(3, H, Nq, D))
+        assert (result.entropy[3] < math.log(Nk) - 1e-3).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_num_tokens_of_any_stride(backend):
+    apart = torch.tensor([[50, 9], [64, 9]])[:, 0]
+    for given in (apart, torch.tensor([50]).expand(2)):
+        wanted = attention(*qkv(), train_tokens=80, num_tokens=given.clone(), backend=backend)
+        assert torch.equal(attention(*qkv(), train_tokens=80, num_tokens=given, backend=backend), wanted)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_trained_number_of_tokens_has_the_trained_scale_bit_for_bit(mask):
+    """The kernel takes both logarithms."""
+    plain = attention(*qkv(), **MASKS[mask], return_lse=True, backend="triton")
+    for T in (2, 63, 77, 4096):
+        for H_T in (0.0, 0.3):
+            given = {"train_tokens": T, "train_entropy": H_T, "num_tokens": torch.tensor([T, 5000])}
+            rule = attention(*qkv(), **MASKS[mask], **given, return_lse=True, backend="triton")
+            assert torch.equal(plain.out[0], rule.out[0])
+            assert torch.equal(plain.lse[0], rule.lse[0])
+            assert not torch.equal(plain.lse[1], rule.lse[1])
+
+
 def test_the_rule_on_tensors_is_that_on_numbers():
     n, t, h = torch.tensor([2, 50, 4096]), torch.tensor([64, 4096, 4096]), torch.tensor([0.0, 1.5, 2.0])
     n[0] = 3
@@ -105,6 +141,25 @@ def test_explain_does_not_read_tensors():
 def test_the_kernel_is_compiled_for_what_the_scale_depends_on(shape, kind):
     scale = None if shape is None else torch.ones(shape)
     assert explain(*qkv(), scale=scale, backend="triton").config.scale == kind
+
+
+@INTERPRETED
+def test_num_tokens_reach_the_kernel_as_they_are(monkeypatch):
+    """No operator of PyTorch makes a scale of them."""
+    from entropy_attn.backends import triton
+
+    launched = []
+
+    class Launcher:
+        def __getitem__(self, grid):
+            return lambda *arguments, C, **options: launched.append((arguments[4], C.scale))
+
+    monkeypatch.setattr(triton, "attention_forward", Launcher())
+    num_tokens = torch.tensor([50, 64])
+    attention(*qkv(), train_tokens=4096, train_entropy=0.5, num_tokens=num_tokens, backend="triton")
+    ((given, train_tokens, train_entropy), kind) = launched[0]
+    assert (given.data_ptr(), train_tokens, train_entropy) == (num_tokens.data_ptr(), 4096.0, 0.5)
+    assert kind == "num_tokens"
 
 
 def test_one_graph_serves_all_numbers_of_tokens():

@@ -39,7 +39,7 @@ HEAD_DIMS = (40, 64, 80, 96, 128, 160)
 PACKED = "packed, λ by length"  # the kernel of attention_varlen with train_tokens
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {}, "key padding": {"mask": "boolean"}, "causal": {"is_causal": True},
-    "scale per query": {"scale": "per_query"}, PACKED: {"scale": "lengths"},
+    "scale per query": {"scale": "per_query"}, "λ by num_tokens": {"scale": "num_tokens"}, PACKED: {"scale": "lengths"},
 }  # fmt: skip
 STATUS = "modelled"
 

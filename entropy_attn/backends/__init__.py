@@ -1,8 +1,8 @@
 """Which backend runs a call. Each is a module with two functions, imported when first needed.
 
 ``forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse) -> (out, entropy, lse)`` takes
-tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float or a tensor expanded to (B, H, Nq);
-what was not asked for comes back as None.
+tensors in (B, H, N, D), `attn_mask` as it was given or None, and `scale` a float, a tensor expanded to (B, H, Nq) or
+a `scale.SampleRule`; what was not asked for comes back as None.
 
 ``forward_varlen(packed, scale, is_causal, return_entropy, return_lse)`` takes `Packed` sequences, and `scale` a float,
 a tensor expanded to (S, H) or a `scale.LengthRule`. It returns (out, entropy, lse) as `new_varlen_outputs` has them.
@@ -114,6 +114,13 @@ def heads_lie_inside_tokens(tensor: torch.Tensor) -> bool:
     """Whether a (B, H, N, D) tensor is (B, N, H, D) in memory, as Diffusers has it."""
     _, of_head, of_token, _ = tensor.stride()
     return of_head < of_token
+
+
+def scale_of_rows(scale: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A tensor (), (B,), (B, H) or (B, H, Nq) as a view (B, H, Nq)."""
+    while 0 < scale.dim() < 3:
+        scale = scale.unsqueeze(-1)
+    return scale.expand(query.shape[:3])
 
 
 def new_outputs(query: torch.Tensor, value: torch.Tensor, return_entropy: bool, return_lse: bool) -> Outputs:

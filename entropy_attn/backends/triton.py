@@ -15,7 +15,7 @@ from entropy_attn.kernels.attention import attention_forward
 from entropy_attn.kernels.config import Config, configure
 from entropy_attn.kernels.tiles import Tile, find_tile
 from entropy_attn.kernels.varlen import attention_varlen_forward
-from entropy_attn.scale import LengthRule
+from entropy_attn.scale import LengthRule, SampleRule
 
 _HERE = contextlib.nullcontext()
 
@@ -30,13 +30,11 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
     strides, config = _plan(query, key, value, attn_mask, scale, is_causal, out, entropy, lse, tile)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.view(torch.uint8)
-    if isinstance(scale, torch.Tensor):
-        strides = (*strides, *scale.stride())
-    else:
-        scale, strides = _rounded(scale), (*strides, 0, 0, 0)
+    scale, scale_strides = _scale(scale)
     with _on(query.device):
         attention_forward[(B * H * -(-Nq // config.tile.block_m),)](
-            query, key, value, attn_mask, scale, out, entropy, lse, *strides, H, key.shape[1], Nq, key.shape[2],
+            query, key, value, attn_mask, scale, out, entropy, lse, *strides, *scale_strides,
+            H, key.shape[1], Nq, key.shape[2],
             C=config, **config.launch_options,
         )  # fmt: skip
     return out, entropy, lse
@@ -54,28 +52,38 @@ def forward_varlen(packed: Packed, scale, is_causal, return_entropy, return_lse,
     q, k, v, o = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value, out))  # (1, H, total, D)
     strides, config = _plan(q, k, v, None, scale, is_causal, o, entropy, lse, tile)
     _, qh, qn, _, kh, kn, _, vh, vn, _, oh, on, *_ = strides
-    scale, train_entropy, scale_strides = _varlen_scale(scale, S, query.device)
+    scale, scale_strides = _varlen_scale(scale, S, query.device)
     with _on(query.device):
         attention_varlen_forward[(S * H * -(-max_seqlen_q // config.tile.block_m),)](
-            query, key, value, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), scale, train_entropy,
-            out, entropy, lse, qn, qh, kn, kh, vn, vh, on, oh, *scale_strides,
+            query, key, value, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), scale, out, entropy, lse,
+            qn, qh, kn, kh, vn, vh, on, oh, *scale_strides,
             H, key.shape[1], total_q, key.shape[0], max_seqlen_q, min(max_seqlen_k, key.shape[0]),
             C=config, **config.launch_options,
         )  # fmt: skip
     return out, entropy, lse
 
 
+def _scale(scale):
+    """The argument Scale of `attention_forward`, and its strides."""
+    if isinstance(scale, torch.Tensor):  # (B, H, Nq)
+        return scale, scale.stride()
+    if isinstance(scale, SampleRule):
+        num_tokens, train_tokens, train_entropy = scale
+        return (num_tokens, _rounded(train_tokens), _rounded(train_entropy)), (num_tokens.stride(0), 0, 0)
+    return _rounded(scale), (0, 0, 0)
+
+
 def _varlen_scale(scale, S: int, device: torch.device):
-    """The kernel's arguments Scale, Train_entropy, and the strides of Scale."""
+    """The argument Scale of `attention_varlen_forward`, and its strides."""
     if isinstance(scale, torch.Tensor):  # (S, H)
-        return scale, None, scale.stride()
+        return scale, scale.stride()
     if not isinstance(scale, LengthRule):
-        return _rounded(scale), None, (0, 0)
+        return _rounded(scale), (0, 0)
     train_tokens, train_entropy = scale
     if not isinstance(train_tokens, torch.Tensor) and not isinstance(train_entropy, torch.Tensor):
-        return _rounded(train_tokens), _rounded(train_entropy), (0, 0)
+        return (_rounded(train_tokens), _rounded(train_entropy)), (0, 0)
     tensors = (x if isinstance(x, torch.Tensor) else torch.full((S,), x, device=device) for x in scale)
-    return *(x.to(torch.float32).contiguous() for x in tensors), (0, 0)
+    return tuple(x.to(torch.float32).contiguous() for x in tensors), (0, 0)
 
 
 def config_of(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse) -> Config:
@@ -155,7 +163,9 @@ def _config(device, dtype, head_dim, value_dim, tile, largest_stride, **options)
 
 
 def _scale_kind(scale) -> str:
-    """`Config.scale` for a number, a tensor expanded to (B, H, Nq) or (S, H), or a `LengthRule`."""
+    """`Config.scale` for a number, a tensor expanded to (B, H, Nq) or (S, H), a `SampleRule` or a `LengthRule`."""
+    if isinstance(scale, SampleRule):
+        return "num_tokens"
     if isinstance(scale, LengthRule):
         return "lengths_per_sequence" if any(isinstance(x, torch.Tensor) for x in scale) else "lengths"
     if not isinstance(scale, torch.Tensor):

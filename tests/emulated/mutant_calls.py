@@ -24,7 +24,7 @@ emulator.install()
 import torch  # noqa: E402
 from emulator.device import device as loading  # noqa: E402
 from emulator.ptx import Module  # noqa: E402
-from packed import assert_packed, pack, scales  # noqa: E402
+from packed import assert_packed, pack, rule, scales  # noqa: E402
 from support import Inputs, assert_attends, assert_results, truth  # noqa: E402
 
 import entropy_attn  # noqa: E402
@@ -167,6 +167,18 @@ def scale_per_query() -> None:
     powers = 2.0 ** torch.randint(-3, 2, (2, 2, 150), generator=torch.Generator().manual_seed(4))
     meant = Inputs({}, q * powers[..., None].half().to("cuda"), k, v, None, torch.full((2, 2), 0.125))
     assert_results(attention(q, k, v, scale=(powers / 8).to("cuda"), **BOTH), meant, truth(meant))
+
+
+@call
+def num_tokens() -> None:
+    """λ of each sample from its own N, which lie apart in memory. One is below exp(H_T)."""
+    q, k, v = inputs(3, 2, 40, 100, 64)
+    given = torch.tensor([[60, 9], [4, 9], [100, 9]]).to("cuda")
+    wanted = torch.tensor([rule(N, 64, 64, 1.5) for N in (60, 4, 100)])[:, None].expand(3, 2)
+    meant = Inputs({}, q, k, v, None, wanted)
+    for tokens in (given[:, 0], given[:, 0].int()):
+        result = attention(q, k, v, train_tokens=64, train_entropy=1.5, num_tokens=tokens, **BOTH)
+        assert_results(result, meant, truth(meant))
 
 
 @call

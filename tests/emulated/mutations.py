@@ -21,8 +21,8 @@ class Mutation(NamedTuple):
     equivalent: bool = False
 
 
-KERNEL, PACKED, MASKS, ROWS, SOFTMAX, CONFIG = (
-    f"kernels/{name}.py" for name in ("attention", "varlen", "masks", "rows", "softmax", "config")
+KERNEL, PACKED, SCALE, MASKS, ROWS, SOFTMAX, CONFIG = (
+    f"kernels/{name}.py" for name in ("attention", "varlen", "scale", "masks", "rows", "softmax", "config")
 )
 LAUNCH, PTX = "entropy_attn/backends/triton.py", "PTX"
 
@@ -164,11 +164,6 @@ SOURCE = [
         "full_begin = full_begin // N * N", first="key padding",
     ),
     Mutation(
-        "an empty main loop counts backwards", MASKS, "tl.maximum(full_end, full_begin)", "full_end",
-        first="key padding",
-        equivalent=True, unseen="It changes nothing: rows that saw no key in the main loop begin again with all keys.",
-    ),
-    Mutation(
         "holes of a padding mask not seen", MASKS, "== full_end - full_begin, full_end, full_begin)",
         "> 0, full_end, full_begin)", first="key padding",
     ),
@@ -299,14 +294,15 @@ SOURCE = [
         first="packed sequences",
     ),
     Mutation(
-        "the longest sequence decides the scale", PACKED, "length_scale(Nk, Scale,",
-        "length_scale(max_seqlen_k, Scale,", first="packed sequences",
+        "the longest sequence decides the scale", PACKED, "token_scale(Nk, Scale[0],",
+        "token_scale(max_seqlen_k, Scale[0],", first="packed sequences",
     ),
     Mutation(
-        "T of the first sequence", PACKED, "tl.load(Scale + sequence),", "tl.load(Scale),", first="packed sequences",
+        "T of the first sequence", PACKED, "tl.load(Scale[0] + sequence),", "tl.load(Scale[0]),",
+        first="packed sequences",
     ),
     Mutation(
-        "no scale below H_T", PACKED, "tl.where(above < 0.0, 0.0, above)", "above", first="packed sequences",
+        "no scale below H_T", SCALE, "tl.where(above < 0.0, 0.0, above)", "above", first="packed sequences",
     ),
     Mutation(
         "entropy and LSE of the first sequence's rows", PACKED, "head * total_q + begin_q",
@@ -321,6 +317,13 @@ SOURCE = [
         first="packed rows past 32 bits",
     ),
     # Arithmetic
+    Mutation(
+        "N of the first sample", KERNEL, "tl.load(Scale[0] + batch * stride_sb)", "tl.load(Scale[0])",
+        first="num tokens",
+    ),
+    Mutation(
+        "stride of num_tokens", LAUNCH, "(num_tokens.stride(0), 0, 0)", "(1, 0, 0)", first="num tokens",
+    ),
     Mutation(
         "sign of the scale", KERNEL, "tl.where(head.scale < 0, -1.0, 1.0)", "tl.where(head.scale < 0, 1.0, 1.0)",
         first="scale per head",
