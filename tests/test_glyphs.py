@@ -73,7 +73,16 @@ def test_a_missing_recogniser_is_named(glyphs, tmp_path):
 
 
 def arguments_for(out, **changed):
-    chosen = {"design": "plain", "steps": 4, "batch": 4, "images": 40, "rate": 1e-3, "seed": 5, "processes": 1, "dtype": "float32"}
+    chosen = {
+        "design": "plain",
+        "steps": 4,
+        "batch": 4,
+        "images": 40,
+        "rate": 1e-3,
+        "seed": 5,
+        "processes": 1,
+        "dtype": "float32",
+    }
     return argparse.Namespace(**(chosen | changed), out=out)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+
 from emojis import art
 from emojis.prompts import COLOURS, OBJECTS, STYLES
-from PIL import Image
 
 SIDES = (0.7, 0.95)  # smallest and largest side of an object's square, as a share of the shorter side of its image
 TURN = 10.0  # largest rotation in degrees, either way
@@ -52,7 +53,7 @@ def _draw(drawing: art.Drawing, height: int, width: int, size: float, x: float, 
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"><g transform="translate({across} {down}) '
-        f"rotate({TURN * (2 * turn - 1)}) scale({scale}) translate({-drawing.width / 2} {-drawing.height / 2})\">"
+        f'rotate({TURN * (2 * turn - 1)}) scale({scale}) translate({-drawing.width / 2} {-drawing.height / 2})">'
         f"{drawing.body}</g></svg>"
     )
     return np.asarray(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA"))

@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+
 from emojis.prompts import LENGTH, WORDS
 
 SIZE = 64  # width and height of the training images

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from diffusers import ImagePipelineOutput
+from pixels import Generators, PixelPipeline
+
 from emojis.model import PromptEmbedder
 from emojis.prompts import ids_of
-from pixels import Generators, PixelPipeline
 
 
 class EmojiPipeline(PixelPipeline):

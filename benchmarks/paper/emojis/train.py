@@ -17,10 +17,11 @@ if __name__ == "__main__":
 
 import torch
 import training
-from emojis import data, model, prompts
-from emojis.pipeline import EmojiPipeline
 from pixels import denoise
 from tqdm import tqdm
+
+from emojis import data, model, prompts
+from emojis.pipeline import EmojiPipeline
 
 NO_STYLE = 0.15  # share of the prompts without a style
 AT_ONCE = 96  # training images that are drawn at once

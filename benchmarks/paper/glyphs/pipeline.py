@@ -65,6 +65,4 @@ class GlyphPipeline(PixelPipeline):
         height, width = self.size_of(height, width)
         ids = torch.tensor(labels)
         no_label = torch.full_like(ids, classes)
-        return self.sample(
-            ids, no_label, height, width, num_inference_steps, guidance_scale, generator, output_type
-        )
+        return self.sample(ids, no_label, height, width, num_inference_steps, guidance_scale, generator, output_type)

@@ -15,9 +15,10 @@ if __name__ == "__main__":
 
 import torch
 import training
+from pixels import denoise
+
 from glyphs import data, designs
 from glyphs.pipeline import GlyphPipeline, LabelEmbedder
-from pixels import denoise
 
 
 class Denoiser(torch.nn.Module):
