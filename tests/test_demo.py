@@ -47,7 +47,7 @@ def test_table_and_picture(tmp_path):
     ("arguments", "message"),
     [
         (["--count", "3"], "--count must be at least 20"),
-        (["--model", "nowhere"], "--model: no glyph pipeline in nowhere"),
+        (["--model", "nowhere"], "--model: no pipeline of glyphs in nowhere"),
         (["--out", "nowhere/demo.png"], "--out: no folder"),
     ],
 )

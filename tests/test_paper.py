@@ -287,7 +287,7 @@ def test_out_of_memory_is_said(evaluation, monkeypatch, capsys, tmp_path):
     ("arguments", "said"),
     [
         (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
-        (["--folder", "/nowhere"], "no glyph pipeline in /nowhere"),
+        (["--folder", "/nowhere"], "no pipeline of glyphs in /nowhere"),
         (["--sizes", "17x16"], "multiples of 4 pixels, got 17x16"),
         (["--sizes", "wide"], "got 'wide', allowed is WIDTHxHEIGHT"),
         (["--num", "10"], "--num must be at least 40"),

@@ -6,8 +6,8 @@
 Every image is kept, so the same command continues an interrupted run. Image number n has seed n with every scale. The
 first half of the images chooses the exponent; all results are from the second half. Intervals are 95 % bootstrap
 intervals over the images. A change is paired: each image is compared with the one of the original scale and the same
-seed. At the trained size, if it is among the sizes, multiples of the scale are the control. For the embedded pipeline
-"fid" is the Frechet distance between features of its recogniser, and "clip" is the share of digits that it reads.
+seed. At the trained size, if it is among the sizes, multiples of the scale are the control. For an embedded pipeline
+"fid" is the Frechet distance between features of its recogniser, and "clip" is the share of images that it reads right.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ import torch
 
 try:
     from evaluation import figures, rules, tables
-    from evaluation.judges import CLIP, GlyphJudge, Judge, TextJudge
+    from evaluation.judges import CLIP, EmojiJudge, GlyphJudge, Judge, TextJudge
     from evaluation.rows import Rows
     from evaluation.run import MULTIDIFFUSION, WHAT, Run, work
     from evaluation.sources import read_prompts
-    from evaluation.subjects import GLYPHS, Size, Subject, glyphs, text_to_image
+    from evaluation.subjects import EMOJIS, GLYPHS, Size, Subject, emojis, glyphs, text_to_image
 except ImportError as error:
     print(f"{error.name} is missing: pip install 'entropy_attn[demo]'", file=sys.stderr)
     sys.exit(2)
 
+# The embedded pipelines: name -> subject, folder and judge.
+EMBEDDED = {"glyphs": (glyphs, GLYPHS, GlyphJudge), "emojis": (emojis, EMOJIS, EmojiJudge)}
 TEXT_ONLY = ("prompts", "references", "clip", "inception", "train_size")
 
 
@@ -66,9 +68,10 @@ def open_model(arguments: argparse.Namespace) -> tuple[Subject, Judge]:
     """The model and its judge. Raises ValueError if the model cannot be loaded or the prompts cannot be read."""
     device, dtype = arguments.device, harness.DTYPES[arguments.dtype]
     options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
-    if arguments.model == "glyphs":
+    if arguments.model in EMBEDDED:
         given = {name: x for name, x in options.items() if x is not None}  # else the pipeline's own defaults
-        return glyphs(arguments.folder or GLYPHS, device, dtype, **given), GlyphJudge()
+        subject, folder, judge = EMBEDDED[arguments.model]
+        return subject(arguments.folder or folder, device, dtype, **given), judge()
     for name, default in (("num_inference_steps", 50), ("guidance_scale", 7.5)):
         options[name] = default if options[name] is None else options[name]
     prompts = read_prompts(arguments.prompts)
@@ -84,14 +87,14 @@ def open_run(arguments: argparse.Namespace) -> Run:
     run = Run(subject, judge, arguments.num, arguments.batch, arguments.out / name, arguments.seed)
     run.check_settings(
         **{name: getattr(arguments, name) for name in ("model", "steps", "guidance", "dtype", "train_size")},
-        prompts=None if arguments.model == "glyphs" else judge.prompts,
+        prompts=None if arguments.model in EMBEDDED else judge.prompts,
     )
     return run
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="glyphs", help="glyphs, sd21, sd15, ldm, or any path or hub id")
+    parser.add_argument("--model", default="glyphs", help="glyphs, emojis, sd21, sd15, ldm, or any path or hub id")
     parser.add_argument(
         "--what", nargs="+", choices=(*WHAT, "all"), default=["all"], help="all: what the model allows (default)"
     )
@@ -103,12 +106,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=400, help="images of each size and scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first image (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=50, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the glyph pipeline's own, or 50)")
-    parser.add_argument("--guidance", type=float, help="default: the glyph pipeline's own, or 7.5")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the embedded pipeline's own, or 50)")
+    parser.add_argument("--guidance", type=float, help="default: the embedded pipeline's own, or 7.5")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/paper"), help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, help="folder of the glyph pipeline (default: the embedded one)")
+    parser.add_argument("--folder", type=Path, help="folder of the embedded pipeline (default: the shipped one)")
     text = parser.add_argument_group("text-to-image models", "A dataset is written datasets:NAME:SPLIT:COLUMN.")
     text.add_argument("--prompts", help="a file with a prompt in each line, a folder of such, or a dataset")
     text.add_argument("--references", help="the images that FID compares with: a folder or a dataset")
@@ -121,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device}: PyTorch {torch.__version__} sees no GPU")
-    for name in TEXT_ONLY if arguments.model == "glyphs" else ("folder",):
+    for name in TEXT_ONLY if arguments.model in EMBEDDED else ("folder",):
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} has no meaning for --model {arguments.model}")
     return arguments

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from emojis import art
-from emojis.prompts import COLOURS, OBJECTS, STYLES
+from emojis.prompts import COLOURS, STYLES, THINGS, kinds_of
 
 SIDES = (0.7, 0.95)  # smallest and largest side of an object's square, as a share of the shorter side of its image
 TURN = 10.0  # largest rotation in degrees, either way
-THINGS = tuple(OBJECTS)
 
 
 def render(
@@ -43,8 +42,10 @@ def render(
 
 
 def _draw(drawing: art.Drawing, height: int, width: int, size: float, x: float, y: float, turn: float) -> np.ndarray:
-    import resvg_py  # only who trains or renders references needs it
-
+    try:
+        import resvg_py  # only who trains or renders references needs it
+    except ImportError as error:
+        raise ImportError("drawing emoji needs resvg_py: pip install 'entropy_attn[emojis]'") from error
     side = (SIDES[0] + (SIDES[1] - SIDES[0]) * size) * min(height, width)
     # The object is inside the image; its position varies over the middle half of the free space.
     across = (width - side) * (0.25 + 0.5 * x) + side / 2
@@ -64,3 +65,9 @@ def on_ground(objects: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
     grounds = torch.tensor(list(COLOURS.values()))[colours][:, :, None, None] / 255
     opacity = objects[:, 3:].float() / 255
     return objects[:, :3].float() / 255 * opacity + grounds * (1 - opacity)
+
+
+def references(count: int, height: int, width: int, folder: Path = art.FOLDER) -> torch.Tensor:
+    """Images (count, 3, height, width) in [0, 1] of the kinds of the images 0 to count − 1. Raises as `render`."""
+    things, styles, colours = torch.tensor([kinds_of(number) for number in range(count)]).T
+    return on_ground(render(things, styles, height, width, torch.Generator().manual_seed(2**31), folder), colours)

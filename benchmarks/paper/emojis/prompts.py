@@ -22,6 +22,21 @@ LENGTH = 4  # words of a prompt
 _IDS = {word: place for place, word in enumerate(WORDS)}
 
 
+THINGS = tuple(OBJECTS)
+
+
+def kinds_of(number: int) -> tuple[int, int, int]:
+    """Thing, style and colour of image `number`, as places in THINGS, STYLES and COLOURS: all in turn."""
+    turn, thing = divmod(number, len(THINGS))
+    return thing, turn % len(STYLES), (turn + thing) % len(COLOURS)
+
+
+def numbered(number: int) -> str:
+    """The prompt of image `number`."""
+    thing, style, colour = kinds_of(number)
+    return prompt_of(THINGS[thing], list(COLOURS)[colour], STYLES[style])
+
+
 def prompt_of(thing: str, colour: str, style: str = "") -> str:
     return f"{style} {thing} on {colour}".strip()
 

@@ -20,7 +20,7 @@ import training
 from pixels import denoise
 from tqdm import tqdm
 
-from emojis import data, model, prompts
+from emojis import art, data, model, prompts
 from emojis.pipeline import EmojiPipeline
 
 NO_STYLE = 0.15  # share of the prompts without a style
@@ -45,7 +45,8 @@ class Emoji:
 
     count: int
     seed: int
-    out: Path
+    out: Path  # folder of that file
+    art: Path  # folder of the artists' emoji
 
     @property
     def file(self) -> Path:
@@ -54,7 +55,7 @@ class Emoji:
     def kinds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Thing and style of every drawn object, (count,) each."""
         numbers = torch.arange(self.count)
-        return numbers % len(data.THINGS), numbers // len(data.THINGS) % len(prompts.STYLES)
+        return numbers % len(prompts.THINGS), numbers // len(prompts.THINGS) % len(prompts.STYLES)
 
     def prepare(self) -> None:
         if self.file.exists():
@@ -66,7 +67,7 @@ class Emoji:
         objects = np.lib.format.open_memmap(part, "w+", np.uint8, (self.count, 4, model.SIZE, model.SIZE))
         for start in tqdm(range(0, self.count, AT_ONCE), desc="objects"):
             some = slice(start, start + AT_ONCE)
-            objects[some] = data.render(things[some], styles[some], model.SIZE, model.SIZE, generator).numpy()
+            objects[some] = data.render(things[some], styles[some], model.SIZE, model.SIZE, generator, self.art).numpy()
         objects.flush()
         part.replace(self.file)
 
@@ -83,7 +84,7 @@ class Emoji:
         texts = []
         for place, colour in enumerate(colours.tolist()):
             style = "" if left_out[1, place] < NO_STYLE else prompts.STYLES[styles[place]]
-            text = prompts.prompt_of(data.THINGS[things[place]], list(prompts.COLOURS)[colour], style)
+            text = prompts.prompt_of(prompts.THINGS[things[place]], list(prompts.COLOURS)[colour], style)
             texts.append("" if left_out[0, place] < training.NO_CONDITION else text)
         return clean, prompts.ids_of(texts)
 
@@ -93,11 +94,15 @@ class Emoji:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    training.add_arguments(parser, steps=4000, batch=32, images=28800, rate=1e-3, out=Path("build/emojis"))
+    training.add_arguments(parser, steps=4600, batch=32, images=28800, rate=1e-3, out=Path("build/emojis"))
+    parser.add_argument("--art", type=Path, default=art.FOLDER, help="folder of the emoji (default: %(default)s)")
     parser.set_defaults(dtype="bfloat16")
     arguments = parser.parse_args()
     training.check_arguments(parser, arguments)
-    training.train(Emoji(arguments.images, arguments.seed, arguments.out), arguments)
+    try:
+        training.train(Emoji(arguments.images, arguments.seed, arguments.out, arguments.art), arguments)
+    except (ImportError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

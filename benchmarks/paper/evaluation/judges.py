@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+import emojis.art
+import emojis.data
+import emojis.prompts
+import emojis.recogniser
+import glyphs.data
+import glyphs.recogniser
 import torch
-from glyphs import data, recogniser
 from metrics import Reference, bootstrap
+from recognition import Recogniser, recognise
 from tqdm import tqdm
 
 from evaluation.sources import open_images
@@ -37,32 +45,81 @@ class Judge(Protocol):
         """The reference that images of a size are compared with."""
 
 
-class GlyphJudge:
-    """For the embedded pipeline: features of its recogniser, and whether the recogniser reads the digit asked for."""
+class ReadingJudge(abc.ABC):
+    """For an embedded pipeline: features of its recogniser, and whether the recogniser reads what was asked for."""
 
-    distance_name = "Frechet distance (glyph recogniser's features)"
+    distance_name = "Frechet distance (recogniser's features)"
     score_name = "recognised (%)"
-    references = 4000  # the number of digits rendered at the size
+
+    @abc.abstractmethod
+    def load(self) -> Recogniser: ...
+
+    @abc.abstractmethod
+    def labels(self, numbers: Sequence[int]) -> list[int]:
+        """What the images of these numbers are to show."""
+
+    @abc.abstractmethod
+    def render(self, size: Size) -> torch.Tensor:
+        """Reference images (n, C, H, W) in [0, 1], rendered at the size."""
 
     @functools.cached_property
-    def recogniser(self) -> recogniser.Recogniser:
-        return recogniser.load()
+    def recogniser(self) -> Recogniser:
+        return self.load()
 
     def prepare(self, kinds: Collection[str]) -> None:
         if kinds:
             assert self.recogniser  # loads it
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        return recogniser.recognise(self.recogniser, images)[0]
+        return recognise(self.recogniser, images)[0]
 
     def scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-        read = recogniser.recognise(self.recogniser, images)[1]
-        return 100 * (read == torch.tensor(data.digits(numbers))).float()
+        return 100 * (recognise(self.recogniser, images)[1] == torch.tensor(self.labels(numbers))).float()
 
     @functools.cache  # noqa: B019 (a judge lives as long as its script)
     def reference(self, size: Size) -> Reference:
-        digits = data.digits(range(self.references))
-        return Reference(self.features(data.render(digits, *size[::-1], torch.Generator().manual_seed(2**31))))
+        return Reference(self.features(self.render(size)))
+
+
+class GlyphJudge(ReadingJudge):
+    distance_name = "Frechet distance (glyph recogniser's features)"
+    references = 4000  # the number of digits rendered at the size
+
+    def load(self) -> Recogniser:
+        return glyphs.recogniser.load()
+
+    def labels(self, numbers: Sequence[int]) -> list[int]:
+        return glyphs.data.digits(numbers)
+
+    def render(self, size: Size) -> torch.Tensor:
+        digits = self.labels(range(self.references))
+        return glyphs.data.render(digits, *size[::-1], torch.Generator().manual_seed(2**31))
+
+
+class EmojiJudge(ReadingJudge):
+    distance_name = "Frechet distance (emoji recogniser's features)"
+    references = 3840  # emoji rendered at the size: every kind as often
+
+    def __init__(self, folder: Path = emojis.art.FOLDER) -> None:
+        """`folder` is where the emoji of the artists are, or are downloaded to."""
+        self.folder = folder
+
+    def load(self) -> Recogniser:
+        return emojis.recogniser.load()
+
+    def prepare(self, kinds: Collection[str]) -> None:
+        super().prepare(kinds)
+        if FID in kinds:
+            try:
+                emojis.data.references(1, 16, 16, self.folder)
+            except (ImportError, OSError) as error:
+                raise ValueError(f"the distance to rendered emoji cannot be measured: {error}") from error
+
+    def labels(self, numbers: Sequence[int]) -> list[int]:
+        return [emojis.prompts.kinds_of(number)[0] for number in numbers]
+
+    def render(self, size: Size) -> torch.Tensor:
+        return emojis.data.references(self.references, *size[::-1], self.folder)
 
 
 class TextJudge:

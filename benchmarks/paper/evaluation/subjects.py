@@ -11,16 +11,20 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from emojis.pipeline import EmojiPipeline
+from emojis.prompts import numbered
 from glyphs import data
 from glyphs.pipeline import GlyphPipeline
+from pixels import PixelPipeline
 
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibration_from, enable
 
 Size = tuple[int, int]  # width, height: the paper's order
 # The argument of from_pretrained. Since Diffusers 0.40 it is `dtype`, and `torch_dtype` raises a FutureWarning.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
-GLYPHS = Path(__file__).parent.parent / "glyphs" / "model"
+GLYPHS, EMOJIS = (Path(__file__).parent.parent / name / "model" for name in ("glyphs", "emojis"))
 GLYPH_SIZES = ((16, 16), (20, 20), (28, 28), (32, 32), (36, 36), (16, 24), (24, 16), (24, 36), (36, 24), (24, 24))
+EMOJI_SIZES = ((32, 32), (48, 48), (80, 80), (96, 96), (32, 64), (64, 32), (64, 96), (96, 64), (64, 64))
 SD_SIZES = ((128, 128), (224, 224), (384, 384), (448, 448), (512, 512), (768, 768), (512, 288), (512, 384))
 LDM_SIZES = ((128, 128), (224, 224), (256, 256), (384, 384), (256, 144), (256, 192))
 
@@ -131,17 +135,40 @@ def denoiser(pipe: Any) -> torch.nn.Module:
 
 
 def glyphs(folder: Path = GLYPHS, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> Subject:
-    """The embedded pipeline; `options` are arguments of every call. Raises ValueError if the folder has no pipeline."""
+    """The embedded pipeline of digits; `options` are arguments of every call. Raises as `embedded`."""
+
+    def call(numbers: list[int]) -> dict[str, Any]:
+        return {"labels": data.digits(numbers)}
+
+    return embedded("glyphs", GlyphPipeline, GLYPH_SIZES, call, folder, device, dtype, options)
+
+
+def emojis(folder: Path = EMOJIS, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> Subject:
+    """The embedded pipeline of emoji; `options` are arguments of every call. Raises as `embedded`."""
+
+    def call(numbers: list[int]) -> dict[str, Any]:
+        return {"prompt": [numbered(number) for number in numbers]}
+
+    return embedded("emojis", EmojiPipeline, EMOJI_SIZES, call, folder, device, dtype, options)
+
+
+def embedded(
+    name: str,
+    kind: type[PixelPipeline],
+    sizes: tuple[Size, ...],
+    call: Callable[[list[int]], dict[str, Any]],
+    folder: Path,
+    device: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> Subject:
+    """The subject of an embedded pipeline. Raises ValueError if the folder has no pipeline."""
     if not (folder / "model_index.json").exists():
-        raise ValueError(
-            f"no glyph pipeline in {folder}: train one with `python benchmarks/paper/glyphs/train.py --out {folder}`"
-        )
-    pipe = GlyphPipeline.from_pretrained(folder, **{DTYPE: dtype}).to(device)
+        train = f"python benchmarks/paper/{name}/train.py --out {folder}"
+        raise ValueError(f"no pipeline of {name} in {folder}: train one with `{train}`")
+    pipe = kind.from_pretrained(folder, **{DTYPE: dtype}).to(device)
     pipe.set_progress_bar_config(disable=True)
-    return Subject(
-        "glyphs", pipe, (pipe.train_size, pipe.train_size), GLYPH_SIZES, pipe.multiple,
-        lambda numbers: {"labels": data.digits(numbers)}, options=options,
-    )  # fmt: skip
+    return Subject(name, pipe, (pipe.train_size, pipe.train_size), sizes, pipe.multiple, call, options=options)
 
 
 def text_to_image(
