@@ -100,7 +100,7 @@ SOURCE = [
         "tl.store(head.entropy + row, entropy)",
     ),
     Mutation(
-        "load of scales without a mask", KERNEL, "* stride_sn, mask=query_index < Nq, other=1.0)", "* stride_sn)",
+        "load of scales without a mask", KERNEL, "tl.load(scale, mask=query_index < Nq, other=1.0)", "tl.load(scale)",
         first="scale per query",
     ),
     Mutation(
@@ -210,7 +210,8 @@ SOURCE = [
         "*value[:3], *key[:3], *out[:3]", first="other strides of the same shapes",
     ),
     Mutation(
-        "strides of the scale backwards", LAUNCH, "*scale.stride())", "*scale.stride()[::-1])",
+        "strides of the scale backwards", LAUNCH, "# (B, H, Nq)\n        return scale, scale.stride()",
+        "# (B, H, Nq)\n        return scale, scale.stride()[::-1]",
         first="scale per query",
     ),
     Mutation("axes of size 1 keep their stride", LAUNCH, "0 if n == 1 else s for n", "s for n", first="key padding"),
