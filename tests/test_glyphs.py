@@ -29,11 +29,12 @@ def glyphs(monkeypatch):
     import glyphs.recogniser
     import glyphs.train
     import metrics
+    import recognition
     import training
 
     yield argparse.Namespace(
         data=glyphs.data, designs=glyphs.designs, pipeline=glyphs.pipeline, recogniser=glyphs.recogniser,
-        train=glyphs.train, training=training, metrics=metrics,
+        train=glyphs.train, training=training, metrics=metrics, recognition=recognition,
     )  # fmt: skip
     for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
         del sys.modules[name]  # other tests may import other modules of these names
@@ -62,8 +63,8 @@ def test_rendering_refuses(glyphs, labels, size):
 def test_the_recogniser_reads_what_is_rendered(glyphs, size):
     labels = torch.arange(300) % 10
     images = glyphs.data.render(labels, *size, seeded(123))
-    features, read = glyphs.recogniser.recognise(glyphs.recogniser.load(), images)
-    assert features.shape == (300, glyphs.recogniser.FEATURES)
+    features, read = glyphs.recognition.recognise(glyphs.recogniser.load(), images)
+    assert features.shape == (300, glyphs.recognition.FEATURES)
     assert (read == labels).float().mean() > 0.99
 
 
@@ -170,7 +171,7 @@ def shipped(glyphs):
 def test_the_shipped_pipeline_draws_digits(glyphs, shipped):
     labels = [number % 10 for number in range(40)]
     images = shipped(labels=labels, generator=seeded(0), output_type="pt").images
-    _, read = glyphs.recogniser.recognise(glyphs.recogniser.load(), images)
+    _, read = glyphs.recognition.recognise(glyphs.recogniser.load(), images)
     assert (read == torch.tensor(labels)).float().mean() >= 0.9
 
 

@@ -188,7 +188,7 @@ def test_a_run_on_the_embedded_pipeline(tmp_path):
 def test_what_is_not_asked_for_is_not_needed(evaluation, monkeypatch, tmp_path):
     """--what entropy loads no judge."""
     judges = evaluation("evaluation.judges")
-    monkeypatch.setattr(judges.recogniser, "load", lambda: pytest.fail("not needed"))
+    monkeypatch.setattr(judges.GlyphJudge, "load", lambda self: pytest.fail("not needed"))
     entropy = ("--what", "entropy", "--num", 40, "--steps", 1, "--sizes", "16x16", "--out", tmp_path)
     run_here(evaluation, monkeypatch, *entropy)
     assert {row["kind"] for row in rows_in(tmp_path / "glyphs" / "results.jsonl")} == {"entropy"}
