@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from entropy_attn.kernels.tiles import HEAD_DIMS
+from entropy_attn.scale import SampleRule
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 TRITON_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}  # by the table's names
@@ -121,6 +122,11 @@ def scale_of_rows(scale: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     while 0 < scale.dim() < 3:
         scale = scale.unsqueeze(-1)
     return scale.expand(query.shape[:3])
+
+
+def rule_as_tensor(scale, query: torch.Tensor):
+    """`scale`, with a `SampleRule` as λ (B, H, Nq)."""
+    return scale_of_rows(scale.scales(query.shape[3]), query) if isinstance(scale, SampleRule) else scale
 
 
 def new_outputs(query: torch.Tensor, value: torch.Tensor, return_entropy: bool, return_lse: bool) -> Outputs:

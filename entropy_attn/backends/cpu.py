@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from entropy_attn.backends import heads_lie_inside_tokens, loop, new_outputs, scale_of_rows
-from entropy_attn.scale import SampleRule
+from entropy_attn.backends import heads_lie_inside_tokens, loop, new_outputs, rule_as_tensor
 
 BLOCK = 1 << 19  # scores that a worker thread holds at a time
 FEWEST_ROWS = 16  # the smallest block of queries, however many keys there are
@@ -31,8 +30,7 @@ SDPA_KEYS = 16
 def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse):
     B, H, Nq, _ = query.shape
     Nk = key.shape[2]
-    if isinstance(scale, SampleRule):
-        scale = scale_of_rows(scale.scales(query.shape[3]), query)
+    scale = rule_as_tensor(scale, query)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(B, H, Nq, Nk)
     if not (return_lse or return_entropy) and _sdpa_is_right(query, key, value, attn_mask, scale, is_causal):

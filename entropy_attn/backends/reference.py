@@ -6,16 +6,14 @@ import functools
 
 import torch
 
-from entropy_attn.backends import loop, new_outputs, scale_of_rows
-from entropy_attn.scale import SampleRule
+from entropy_attn.backends import loop, new_outputs, rule_as_tensor
 
 
 def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse):
     out, entropy, lse = new_outputs(query, value, return_entropy, return_lse)
     groups = query.shape[1] // max(1, key.shape[1])
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
-    if isinstance(scale, SampleRule):
-        scale = scale_of_rows(scale.scales(query.shape[3]), query)
+    scale = rule_as_tensor(scale, query)
     if isinstance(scale, torch.Tensor):
         scale = scale.double()[..., None]
     scores = query.double() @ key.mT * scale  # (B, H, Nq, Nk)
