@@ -107,11 +107,8 @@ def draw_images(figure: Any, outcomes: dict, trained: Size) -> None:
     ]
     heights = [size[1] for size, _, _ in shown]
     for axes, (size, way, outcome) in zip(figure.subplots(len(shown), 1, height_ratios=heights), shown, strict=True):
-        strip = torch.nn.functional.pad(outcome.shown[:, 0], (1, 1), value=0.5)
-        axes.imshow(torch.cat(list(strip), 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set(xticks=[], yticks=[], frame_on=False)
         name = "trained" if size == trained else way.split(",")[0].split(" ")[0]
-        axes.set_ylabel(f"{size[0]} x {size[1]}\n{name}", rotation=0, ha="right", va="center")
+        figures.draw_strip(axes, f"{size[0]} x {size[1]}\n{name}", outcome.shown)
     figure.suptitle("The same seeds with both scales")
 
 

@@ -32,13 +32,12 @@ try:
     from evaluation.rows import Rows
     from evaluation.run import MULTIDIFFUSION, WHAT, Run, work
     from evaluation.sources import read_prompts
-    from evaluation.subjects import EMOJIS, GLYPHS, Size, Subject, emojis, glyphs, text_to_image
+    from evaluation.subjects import Size, Subject, emojis, glyphs, text_to_image
 except ImportError as error:
     print(f"{error.name} is missing: pip install 'entropy_attn[demo]'", file=sys.stderr)
     sys.exit(2)
 
-# The embedded pipelines: name -> subject, folder and judge.
-EMBEDDED = {"glyphs": (glyphs, GLYPHS, GlyphJudge), "emojis": (emojis, EMOJIS, EmojiJudge)}
+EMBEDDED = {"glyphs": (glyphs, GlyphJudge), "emojis": (emojis, EmojiJudge)}
 TEXT_ONLY = ("prompts", "references", "clip", "inception", "train_size")
 
 
@@ -69,9 +68,9 @@ def open_model(arguments: argparse.Namespace) -> tuple[Subject, Judge]:
     device, dtype = arguments.device, harness.DTYPES[arguments.dtype]
     options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
     if arguments.model in EMBEDDED:
-        given = {name: x for name, x in options.items() if x is not None}  # else the pipeline's own defaults
-        subject, folder, judge = EMBEDDED[arguments.model]
-        return subject(arguments.folder or folder, device, dtype, **given), judge()
+        subject, judge = EMBEDDED[arguments.model]
+        given = {"folder": arguments.folder, **options}  # None: the subject's and the pipeline's own defaults
+        return subject(device=device, dtype=dtype, **{name: x for name, x in given.items() if x is not None}), judge()
     for name, default in (("num_inference_steps", 50), ("guidance_scale", 7.5)):
         options[name] = default if options[name] is None else options[name]
     prompts = read_prompts(arguments.prompts)

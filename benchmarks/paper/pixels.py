@@ -1,4 +1,4 @@
-"""What the embedded pipelines share: diffusion of pixels, without a VAE, in small squares of them."""
+"""What the embedded pipelines share: diffusion of pixels, without a VAE, in small squares of them, and their UNet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput, PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -103,3 +103,42 @@ def denoise(unet, samples: torch.Tensor, timesteps: torch.Tensor, embeddings: to
         options["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
     outputs = unet(inputs, timestep=timesteps, encoder_hidden_states=embeddings, **options).sample
     return F.pixel_shuffle(outputs, patch)
+
+
+class Denoiser(torch.nn.Module):
+    """The trained module: the embedder of the conditions and the denoiser."""
+
+    def __init__(self, embedder: torch.nn.Module, unet: torch.nn.Module):
+        super().__init__()
+        self.embedder, self.unet = embedder, unet
+
+    def forward(self, samples: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        return denoise(self.unet, samples, timesteps, self.embedder(conditions))
+
+
+def new_unet(
+    size: int, in_channels: int, channels: tuple[int, ...], head_dim: int, condition_dim: int, **options: Any
+) -> UNet2DConditionModel:
+    """A UNet with random weights, and with self- and cross-attention at every level. size: of its own samples."""
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=in_channels,
+        out_channels=in_channels,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        layers_per_block=1,
+        # In Diffusers this argument is the number of heads.
+        attention_head_dim=tuple(width // head_dim for width in channels),
+        cross_attention_dim=condition_dim,
+        norm_num_groups=8,
+        **options,
+    )
+
+
+@torch.no_grad()
+def sharpen(model: torch.nn.Module, sharpness: float) -> None:
+    """Multiply the query and key weights of self-attention: the variance of the logits by sharpness ** 4."""
+    for name, module in model.named_modules():
+        if name.endswith(("attn1.to_q", "attn1.to_k")):
+            module.weight.mul_(sharpness)

@@ -69,5 +69,5 @@ def on_ground(objects: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
 
 def references(count: int, height: int, width: int, folder: Path = art.FOLDER) -> torch.Tensor:
     """Images (count, 3, height, width) in [0, 1] of the kinds of the images 0 to count − 1. Raises as `render`."""
-    things, styles, colours = torch.tensor([kinds_of(number) for number in range(count)]).T
+    things, styles, colours = kinds_of(torch.arange(count))
     return on_ground(render(things, styles, height, width, torch.Generator().manual_seed(2**31), folder), colours)

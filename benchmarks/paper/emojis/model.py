@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from pixels import new_unet, sharpen
 
 from emojis.prompts import LENGTH, WORDS
 
@@ -30,22 +31,6 @@ class PromptEmbedder(ModelMixin, ConfigMixin):
 
 def build() -> UNet2DConditionModel:
     """The denoiser with random weights: self-attention at T = 1024, 256, 64 and 16 tokens, heads of 32."""
-    channels = (64, 96, 128, 96)
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // PATCH,
-        in_channels=3 * PATCH**2,
-        out_channels=3 * PATCH**2,
-        block_out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
-        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
-        layers_per_block=1,
-        # In Diffusers this argument is the number of heads.
-        attention_head_dim=tuple(width // 32 for width in channels),
-        cross_attention_dim=WIDTH,
-        norm_num_groups=8,
-    )
-    for name, module in unet.named_modules():
-        if name.endswith(("attn1.to_q", "attn1.to_k")):
-            with torch.no_grad():
-                module.weight.mul_(SHARPNESS)
+    unet = new_unet(SIZE // PATCH, 3 * PATCH**2, (64, 96, 128, 96), 32, WIDTH)
+    sharpen(unet, SHARPNESS)
     return unet

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 # A word of the prompt -> the name of its emoji in Unicode, as Iconify writes it.
@@ -25,9 +27,12 @@ _IDS = {word: place for place, word in enumerate(WORDS)}
 THINGS = tuple(OBJECTS)
 
 
-def kinds_of(number: int) -> tuple[int, int, int]:
+Number = TypeVar("Number", int, torch.Tensor)
+
+
+def kinds_of(number: Number) -> tuple[Number, Number, Number]:
     """Thing, style and colour of image `number`, as places in THINGS, STYLES and COLOURS: all in turn."""
-    turn, thing = divmod(number, len(THINGS))
+    thing, turn = number % len(THINGS), number // len(THINGS)
     return thing, turn % len(STYLES), (turn + thing) % len(COLOURS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -64,31 +65,21 @@ def examples(count: int, generator: torch.Generator, folder: Path) -> recognitio
     )
 
 
-def train(count: int, epochs: int, batch: int, seed: int, folder: Path) -> Recogniser:
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = examples(count, generator, folder)
-    return recognition.fit(build(), drawn, epochs, batch, generator)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=3000, help="training images of each size (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    recognition.add_arguments(parser, images=3000, epochs=8, out=WEIGHTS)
     parser.add_argument("--art", type=Path, default=art.FOLDER, help="folder of the emoji (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="default: %(default)s")
     arguments = parser.parse_args()
     if arguments.images < AT_ONCE or arguments.images % AT_ONCE:
         parser.error(f"--images must be a multiple of {AT_ONCE}, got {arguments.images}")
-    recogniser = train(arguments.images, arguments.epochs, 128, arguments.seed, arguments.art)
+
+    def unseen(*kind) -> torch.Tensor:
+        return draw(*kind, arguments.art)[0].float() / 255
+
+    drawn = functools.partial(examples, arguments.images, folder=arguments.art)
+    recogniser = recognition.train(build, drawn, arguments.epochs, arguments.seed)
     save_file(recogniser.state_dict(), arguments.out)
-    generator = torch.Generator().manual_seed(arguments.seed + 1)
-    for height, width in TRAIN_SIZES:
-        things = torch.arange(480) % len(prompts.THINGS)
-        images, _, _ = draw(things, height, width, generator, arguments.art)
-        _, read = recognition.recognise(recogniser, images.float() / 255)
-        print(f"{height} x {width}: names {100 * (read == things).float().mean():.1f} % of 480 unseen images right")
+    recognition.report(recogniser, TRAIN_SIZES, unseen, arguments.seed + 1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import harness
 import torch
+from evaluation import figures
 from evaluation.subjects import Size, Subject, emojis
 from tqdm import tqdm
 
@@ -42,10 +43,7 @@ def main() -> None:
     plt = harness.pyplot()
     figure, axes = plt.subplots(len(drawn), 1, figsize=(14, 0.8 * len(drawn)), layout="constrained")
     for each, (label, images) in zip(axes, drawn, strict=True):
-        strip = torch.nn.functional.pad(images, (2, 2), value=1.0)
-        each.imshow(torch.cat(list(strip), 2).permute(1, 2, 0), interpolation="nearest")
-        each.set(xticks=[], yticks=[], frame_on=False)
-        each.set_ylabel(label, rotation=0, ha="right", va="center")
+        figures.draw_strip(each, label, images)
     figure.savefig(arguments.out, dpi=100)
 
 

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import torch
 import training
-from pixels import denoise
+from pixels import Denoiser
 from tqdm import tqdm
 
 from emojis import art, data, model, prompts
@@ -25,18 +25,6 @@ from emojis.pipeline import EmojiPipeline
 
 NO_STYLE = 0.15  # share of the prompts without a style
 AT_ONCE = 96  # training images that are drawn at once
-
-
-class Denoiser(torch.nn.Module):
-    """The trained module: the denoiser and the embedder of its prompts."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedder = model.PromptEmbedder()
-        self.unet = model.build()
-
-    def forward(self, samples: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return denoise(self.unet, samples, timesteps, self.embedder(ids))
 
 
 @dataclass
@@ -47,22 +35,18 @@ class Emoji:
     seed: int
     out: Path  # folder of that file
     art: Path  # folder of the artists' emoji
+    pipeline = EmojiPipeline
 
     @property
     def file(self) -> Path:
         return self.out / f"objects-{self.count}-{self.seed}.npy"
-
-    def kinds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Thing and style of every drawn object, (count,) each."""
-        numbers = torch.arange(self.count)
-        return numbers % len(prompts.THINGS), numbers // len(prompts.THINGS) % len(prompts.STYLES)
 
     def prepare(self) -> None:
         if self.file.exists():
             return
         self.out.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(self.seed)
-        things, styles = self.kinds()
+        things, styles, _ = prompts.kinds_of(torch.arange(self.count))
         part = self.file.with_suffix(".part")
         objects = np.lib.format.open_memmap(part, "w+", np.uint8, (self.count, 4, model.SIZE, model.SIZE))
         for start in tqdm(range(0, self.count, AT_ONCE), desc="objects"):
@@ -71,15 +55,16 @@ class Emoji:
         objects.flush()
         part.replace(self.file)
 
-    def build(self) -> torch.nn.Module:
-        return Denoiser()
+    def build(self) -> Denoiser:
+        embedder = model.PromptEmbedder()
+        return Denoiser(embedder, model.build())
 
     def images(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(self.count, (size,), generator=generator)
         colours = torch.randint(len(prompts.COLOURS), (size,), generator=generator)
         objects = np.load(self.file, mmap_mode="r")[chosen.numpy()]
         clean = data.on_ground(torch.from_numpy(objects), colours) * 2 - 1
-        things, styles = (kind[chosen].tolist() for kind in self.kinds())
+        things, styles, _ = (kind.tolist() for kind in prompts.kinds_of(chosen))
         left_out = torch.rand(2, size, generator=generator)
         texts = []
         for place, colour in enumerate(colours.tolist()):
@@ -87,9 +72,6 @@ class Emoji:
             text = prompts.prompt_of(prompts.THINGS[things[place]], list(prompts.COLOURS)[colour], style)
             texts.append("" if left_out[0, place] < training.NO_CONDITION else text)
         return clean, prompts.ids_of(texts)
-
-    def save(self, average: torch.nn.Module, out: Path) -> None:
-        EmojiPipeline(average.unet.half(), average.embedder.half(), training.scheduler()).save_pretrained(out)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import harness
 import numpy as np
+import torch
 
 from entropy_attn.entropy import plots
 from evaluation import rules
@@ -23,6 +24,15 @@ COLOURS = {
     rules.ORIGINAL: "tab:red", rules.PAPER: "tab:blue", "exponent 1": "tab:cyan", "exponent 2": "tab:green",
     "exponent 4": "tab:olive", rules.CALIBRATED: "tab:purple", rules.MATCHED: "tab:brown",
 }  # fmt: skip
+
+
+def draw_strip(axes: Any, label: str, images: torch.Tensor) -> None:
+    """Images (n, C, H, W) in [0, 1] side by side, with grey lines between them and a label on the left."""
+    strip = torch.cat(list(torch.nn.functional.pad(images, (1, 1), value=0.5)), 2)
+    axes.imshow(strip.squeeze(0) if len(strip) == 1 else strip.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1,
+                interpolation="nearest")  # fmt: skip
+    axes.set(xticks=[], yticks=[], frame_on=False)
+    axes.set_ylabel(label, rotation=0, ha="right", va="center")
 
 
 def entropy_rows(rows: list[Row]) -> list[Row]:

@@ -111,7 +111,7 @@ class EmojiJudge(ReadingJudge):
         super().prepare(kinds)
         if FID in kinds:
             try:
-                emojis.data.references(1, 16, 16, self.folder)
+                emojis.data.references(len(emojis.prompts.THINGS) * len(emojis.prompts.STYLES), 16, 16, self.folder)
             except (ImportError, OSError) as error:
                 raise ValueError(f"the distance to rendered emoji cannot be measured: {error}") from error
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from pixels import new_unet, sharpen
 
 LABEL_DIM = 64
 PATCH = 2  # a pixel of the denoiser is a square of PATCH x PATCH pixels of the image
@@ -43,31 +43,17 @@ def build(name: str) -> UNet2DConditionModel | PixArtTransformer2DModel:
         raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {name!r}")
     design = DESIGNS[name]
     model = _unet(design) if design.channels else _transformer(design)
-    for module_name, module in model.named_modules():
-        if module_name.endswith(("attn1.to_q", "attn1.to_k")):
-            with torch.no_grad():
-                module.weight.mul_(design.sharpness)
+    sharpen(model, design.sharpness)
     return model
 
 
 def _unet(design: Design) -> UNet2DConditionModel:
-    levels = len(design.channels)
-    return UNet2DConditionModel(
-        sample_size=SIZE // PATCH,
-        in_channels=PATCH**2,
-        out_channels=PATCH**2,
-        block_out_channels=design.channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
-        layers_per_block=1,
+    return new_unet(
+        SIZE // PATCH, PATCH**2, design.channels, design.head_dim, LABEL_DIM,
         transformer_layers_per_block=design.transformer_layers,
-        # In Diffusers this argument is the number of heads.
-        attention_head_dim=tuple(channels // design.head_dim for channels in design.channels),
-        cross_attention_dim=LABEL_DIM,
-        norm_num_groups=8,
         conv_in_kernel=design.kernel,
         conv_out_kernel=design.kernel,
-    )
+    )  # fmt: skip
 
 
 def _transformer(design: Design) -> PixArtTransformer2DModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -48,27 +49,14 @@ def examples(count: int, generator: torch.Generator) -> recognition.Examples:
     return recognition.Examples(light, torch.cat(labels), {"faces": torch.cat(faces)}, extents)
 
 
-def train(count: int, epochs: int, batch: int, seed: int) -> Recogniser:
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = examples(count, generator)
-    return recognition.fit(build(), drawn, epochs, batch, generator)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=4000, help="training images of each size (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="default: %(default)s")
+    recognition.add_arguments(parser, images=4000, epochs=4, out=WEIGHTS)
     arguments = parser.parse_args()
-    recogniser = train(arguments.images, arguments.epochs, 128, arguments.seed)
+    draw = functools.partial(examples, arguments.images)
+    recogniser = recognition.train(build, draw, arguments.epochs, arguments.seed)
     save_file(recogniser.state_dict(), arguments.out)
-    generator = torch.Generator().manual_seed(arguments.seed + 1)
-    for height, width in TRAIN_SIZES:
-        labels = torch.arange(1000) % len(data.CLASSES)
-        _, read = recognition.recognise(recogniser, data.render(labels, height, width, generator))
-        print(f"{height} x {width}: reads {100 * (read == labels).float().mean():.1f} % of 1000 unseen images right")
+    recognition.report(recogniser, TRAIN_SIZES, data.render, arguments.seed + 1)
 
 
 if __name__ == "__main__":

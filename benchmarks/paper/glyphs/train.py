@@ -15,22 +15,10 @@ if __name__ == "__main__":
 
 import torch
 import training
-from pixels import denoise
+from pixels import Denoiser
 
 from glyphs import data, designs
 from glyphs.pipeline import GlyphPipeline, LabelEmbedder
-
-
-class Denoiser(torch.nn.Module):
-    """The trained module: the denoiser and the embedder of its labels."""
-
-    def __init__(self, design: str):
-        super().__init__()
-        self.embedder = LabelEmbedder(len(data.CLASSES), designs.LABEL_DIM)
-        self.unet = designs.build(design)
-
-    def forward(self, samples: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return denoise(self.unet, samples, timesteps, self.embedder(labels))
 
 
 @dataclass
@@ -40,6 +28,7 @@ class Glyphs:
     design: str
     count: int
     seed: int
+    pipeline = GlyphPipeline
 
     def prepare(self) -> None:
         """Draw the images, (count, 1, S, S) uint8."""
@@ -47,18 +36,15 @@ class Glyphs:
         images = data.render(self.labels, designs.SIZE, designs.SIZE, torch.Generator().manual_seed(self.seed))
         self.drawn = (images * 255).round().byte()
 
-    def build(self) -> torch.nn.Module:
-        return Denoiser(self.design)
+    def build(self) -> Denoiser:
+        embedder = LabelEmbedder(len(data.CLASSES), designs.LABEL_DIM)
+        return Denoiser(embedder, designs.build(self.design))
 
     def images(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(self.count, (size,), generator=generator)
         given = self.labels[chosen].clone()
         given[torch.rand(size, generator=generator) < training.NO_CONDITION] = len(data.CLASSES)
         return self.drawn[chosen].float() / 127.5 - 1, given
-
-    def save(self, average: torch.nn.Module, out: Path) -> None:
-        """Half precision makes no visible difference to the digits."""
-        GlyphPipeline(average.unet.half(), average.embedder.half(), training.scheduler()).save_pretrained(out)
 
 
 def main() -> None:
