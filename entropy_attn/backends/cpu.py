@@ -4,6 +4,8 @@ The second way computes a block of queries against all keys, in float32 (float64
 holds BLOCK scores and their softmax, so memory is linear in the number of tokens. Each worker thread runs PyTorch's
 operators on one thread. An operator that runs on all threads waits for the slowest one, and on a busy machine that wait
 is long.
+
+A scale that is a tensor multiplies the query before SDPA. In half precision such a call takes blocks of queries.
 """
 
 from __future__ import annotations
