@@ -4,6 +4,8 @@ The second way computes a block of queries against all keys, in float32 (float64
 holds BLOCK scores and their softmax, so memory is linear in the number of tokens. Each worker thread runs PyTorch's
 operators on one thread. An operator that runs on all threads waits for the slowest one, and on a busy machine that wait
 is long.
+
+A scale that is a tensor multiplies the query before SDPA. In half precision such a call takes blocks of queries.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
     scale = rule_as_tensor(scale, query)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(B, H, Nq, Nk)
-    if not (return_lse or return_entropy) and _sdpa_is_right(query, key, value, attn_mask, scale, is_causal):
-        return _sdpa(query, key, value, attn_mask, scale, is_causal)
+    if not (return_lse or return_entropy):
+        out = _by_sdpa(query, key, value, attn_mask, scale, is_causal)
+        if out is not None:
+            return out, None, None
     out, entropy, lse = new_outputs(query, value, return_entropy, return_lse)
     call = _Call(query, key, value, attn_mask, scale, is_causal, out, entropy, lse)
     threads = torch.get_num_threads()
@@ -48,6 +52,29 @@ def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, retu
 
 
 forward_varlen = functools.partial(loop.forward_varlen, forward)
+
+
+def _by_sdpa(query, key, value, attn_mask, scale, is_causal) -> torch.Tensor | None:
+    """The output by PyTorch's SDPA, or None where SDPA cannot take the call or is not right."""
+    of_rows = query
+    if isinstance(scale, torch.Tensor):
+        # SDPA takes one number, so the query is multiplied by the scale, as in `_attend`. In half precision SDPA would
+        # read a product rounded to 8 or 11 bits, and the logits would be wrong by far more than float32's rounding.
+        if query.dtype != _compute_dtype(query):
+            return None
+        of_rows, scale = query * scale.to(query.dtype).unsqueeze(-1), 1.0
+        if not _is_finite(of_rows):  # SDPA gives 0 instead of NaN where all logits of a row are -inf (torch 2.13)
+            return None
+    if not _sdpa_is_right(of_rows, key, value, attn_mask, scale, is_causal):
+        return None
+    result = _sdpa(of_rows, key, value, attn_mask, scale, is_causal)
+    _, H, Nq, Dv = result.shape
+    # The strides that `new_outputs` gives.
+    strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_lie_inside_tokens(query) else (H * Nq * Dv, Nq * Dv, Dv, 1)
+    if result.stride() == strides:
+        return result
+    out, _, _ = new_outputs(query, value, False, False)
+    return out.copy_(result)
 
 
 def _sdpa_is_right(query, key, value, attn_mask, scale, is_causal) -> bool:
@@ -78,18 +105,13 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _sdpa(query, key, value, attn_mask, scale, is_causal):
-    _, H, Nq, _ = query.shape
-    Dv = value.shape[3]
-    result = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != H
+def _sdpa(query, key, value, attn_mask, scale, is_causal) -> torch.Tensor:
+    if attn_mask is not None:
+        # SDPA makes a floating mask of a boolean one, with as many elements. An axis that repeats one row is cut to it.
+        attn_mask = attn_mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in attn_mask.stride()[:3])]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
     )
-    # The strides that `new_outputs` gives.
-    strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_lie_inside_tokens(query) else (H * Nq * Dv, Nq * Dv, Dv, 1)
-    if result.stride() == strides:
-        return result, None, None
-    out, _, _ = new_outputs(query, value, False, False)
-    return out.copy_(result), None, None
 
 
 class _Call(NamedTuple):
