@@ -138,8 +138,7 @@ def test_multipliers_of_heads(variants):
     assert variants.of_global_heads("a", entropies) == pytest.approx([1, 1, root])
     assert variants.by_head_entropy("a", entropies) == pytest.approx([math.sqrt(1.5 / 1.6), math.sqrt(1.5), 2])
     assert variants.ultra("a", entropies) == pytest.approx([1.3, 1 + 0.3 * 0.6**2, 1])
-    below = variants.Entropies(entropies.drawn, entropies.trained)
-    assert variants.ultra("a", below) == [1, 1, 1]
+    assert variants.ultra("a", variants.Entropies({"a": variants.Heads(64, [])}, entropies.drawn)) == [1, 1, 1]
 
 
 def test_steps_times_and_levels(variants, glyphs):
@@ -170,6 +169,8 @@ def test_temperature_guidance(evaluation, variants, monkeypatch):
         drawn(variants, unguided, SMALL, recipe)
     assert (drawn(variants, guided, SMALL, recipe) - guided.draw(SMALL, [0, 1], None)).abs().max() > 1e-2
     assert (drawn(variants, guided, SMALL, recipe) - unguided.draw(SMALL, [0, 1], None)).abs().max() > 1e-2
+    hook = variants.Hooks(guided.pipe, recipe, None).scale_query("a")
+    assert hook(None, (), torch.ones(2, 1, 1)).flatten().tolist() == pytest.approx([1, 0.7])
     monkeypatch.setattr(variants, "TEMPERATURE", 1.0)
     same = drawn(variants, guided, SMALL, recipe)
     torch.testing.assert_close(same, unguided.draw(SMALL, [0, 1], None), rtol=0, atol=1e-3)

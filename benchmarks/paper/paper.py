@@ -6,7 +6,8 @@
 Every image is kept, so the same command continues an interrupted run. Image number n has seed n with every scale. The
 first half of the images chooses the exponent; all results are from the second half. Intervals are 95 % bootstrap
 intervals over the images. A change is paired: each image is compared with the one of the original scale and the same
-seed. At the trained size, if it is among the sizes, multiples of the scale are the control. For an embedded pipeline
+seed. At the trained size, if it is among the sizes, multiples of the scale are the control. With rules beyond
+the paper among --scales, the first half of the images also chooses the best of these scales. For an embedded pipeline
 "fid" is the Frechet distance between features of its recogniser, and "clip" is the share of images that it reads right.
 """
 

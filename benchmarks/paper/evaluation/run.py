@@ -175,8 +175,8 @@ class Run:
 def cells(subject: Subject, sizes: list[Size], what: Collection[str], scales: Collection[str]) -> Iterator[Cell]:
     """All cells to measure, in the order of the work. `what` is among WHAT, `scales` among rules.RULES and BEYOND.
 
-    At the trained size the controls of `rules.at_trained_size` are measured instead. The
-    tables of time and memory also need the distances of the ways that they compare.
+    At the trained size those of `rules.at_trained_size` are measured instead. The tables of time and memory also need
+    the distances of the ways that they compare.
     """
     for size in sizes:
         compared = {kind: way for kind, way in ways_beside(subject, size).items() if kind in what}
