@@ -215,3 +215,15 @@ def test_temperature_guidance_without_guidance_is_refused_first(evaluation, monk
         run_here(evaluation, monkeypatch, "--num", 40, "--scales", "gain 1", "temperature guidance", "--out", tmp_path)
     assert "temperature guidance needs guidance" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_entropies_of_heads_are_those_of_the_original_scale(evaluation, monkeypatch, glyphs, tmp_path):
+    runs = evaluation("evaluation.run")
+    monkeypatch.setattr(runs, "RECORDED", 2)
+    monkeypatch.setattr(runs, "HEADS_RECORDED", 2)
+    run = runs.Run(glyphs, None, 4, 4, tmp_path)
+    rows = run.entropies(SMALL, "original")
+    for layer, (tokens, entropies) in run.heads(SMALL).items():
+        of = [row for row in rows if row["layer"] == layer]
+        assert {row["tokens"] for row in of} == {tokens}
+        assert sum(entropies) / len(entropies) == pytest.approx(sum(row["entropy"] for row in of) / len(of), rel=1e-4)
