@@ -6,7 +6,8 @@
 Every image is kept, so the same command continues an interrupted run. Image number n has seed n with every scale. The
 first half of the images chooses the exponent; all results are from the second half. Intervals are 95 % bootstrap
 intervals over the images. A change is paired: each image is compared with the one of the original scale and the same
-seed. At the trained size, if it is among the sizes, multiples of the scale are the control. For an embedded pipeline
+seed. At the trained size, if it is among the sizes, multiples of the scale are the control. With rules beyond
+the paper among --scales, the first half of the images also chooses the best of these scales. For an embedded pipeline
 "fid" is the Frechet distance between features of its recogniser, and "clip" is the share of images that it reads right.
 """
 
@@ -98,8 +99,9 @@ def parse_arguments() -> argparse.Namespace:
         "--what", nargs="+", choices=(*WHAT, "all"), default=["all"], help="all: what the model allows (default)"
     )
     parser.add_argument(
-        "--scales", nargs="+", choices=rules.RULES, default=rules.RULES,
-        help="scales to compare with the original (default: all; with all of them the exponent is chosen)",
+        "--scales", nargs="+", choices=(*rules.RULES, *rules.BEYOND), default=rules.RULES,
+        metavar="SCALE", help="scales to compare with the original, of which the first seven are the default, and with "
+        f"all seven the exponent is chosen: {', '.join(map(repr, (*rules.RULES, *rules.BEYOND)))}",
     )  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=parse_size, help="WIDTHxHEIGHT (default: the model's)")
     parser.add_argument("--num", type=int, default=400, help="images of each size and scale (default: %(default)s)")
@@ -136,7 +138,7 @@ def main() -> None:
         what = wanted(run.subject, arguments.what)
         about = {name: getattr(arguments, name) for name in ("model", "num", "seed", "references", "clip", "inception")}
         with Rows(run.out / "results.jsonl", arguments.device, **about) as rows:
-            scales = [rule for rule in rules.RULES if rule in (rules.ORIGINAL, *arguments.scales)]
+            scales = [rule for rule in (*rules.RULES, *rules.BEYOND) if rule in (rules.ORIGINAL, *arguments.scales)]
             work(run, arguments.sizes or list(run.subject.sizes), what, scales, rows)
         written = results.write_tables(rows.path, rows.machine, tables.report(run.judge, run.subject, rows.rows))
         names = {kind: name for kind, (name, _) in tables.kinds_of(run.judge).items()}

@@ -101,6 +101,12 @@ class Subject:
         pipe.set_progress_bar_config(disable=True)
         return replace(self, pipe=pipe)
 
+    @property
+    def guided(self) -> bool:
+        """Whether images are drawn with classifier-free guidance."""
+        default = inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default
+        return self.options.get("guidance_scale", default) != 1
+
     def entropies(
         self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None, batch: int
     ) -> EntropyRecord:

@@ -9,7 +9,7 @@ import results
 from entropy_attn.entropy import plots
 from evaluation import figures, published, rules
 from evaluation.judges import CLIP_SCORE, FID, Judge
-from evaluation.run import CHOSEN, COST, MULTIDIFFUSION, key_of
+from evaluation.run import CHOSEN, CHOSEN_RULE, COST, MULTIDIFFUSION, key_of
 from evaluation.subjects import Size, Subject
 
 Row = dict[str, Any]
@@ -111,11 +111,13 @@ def report(judge: Judge, subject: Subject, rows: list[Row]) -> str:
     other = [cell for cell in measured if cell[0] != subject.train_size]
     trained = [cell for cell in measured if cell[0] == subject.train_size]
     chosen = [key_of(row)[1:] for row in rows if row["kind"] == CHOSEN]
+    chosen_rules = dict(key_of(row)[1:] for row in rows if row["kind"] == CHOSEN_RULE)  # the latest choice of a size
     parts = [
         f"### {title}\n\n{quality(judge, subject, rows, cells)}"
         for title, cells in (
             ("Every size and scale", other),
             ("The exponent chosen on the other half of the images", chosen),
+            ("The rule chosen on the other half of the images", list(chosen_rules.items())),
             ("At the trained size, with the control: multiples of the scale", trained),
         )
         if cells
@@ -126,5 +128,7 @@ def report(judge: Judge, subject: Subject, rows: list[Row]) -> str:
     of = figures.entropy_rows(rows)
     if of:
         parts.append(f"### Entropy against ln N\n\n{fits(of)}\n\n{entropies(of)}")
-    scales = "\n".join(f"- {name}: {meaning}" for name, meaning in rules.MEANING.items())
+    beyond = any(row["rule"] in rules.BEYOND for row in rows)
+    meaning = rules.MEANING | (rules.BEYOND_MEANING if beyond else {})
+    scales = "\n".join(f"- {name}: {text}" for name, text in meaning.items())
     return "\n\n".join([*parts, f"Scales:\n\n{scales}"])
