@@ -64,6 +64,15 @@ def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[S
     return results.markdown(header, lines)
 
 
+def floors(judge: Judge, rows: list[Row]) -> str:
+    """What the trained size's own outputs would have, where the judge measures it."""
+    lines = [
+        [text_of(key_of(row)[1]), str(row["images"]), f"{row['floor']['distance']:.1f}", f"{row['floor']['score']:.1f}"]
+        for row in rows
+    ]
+    return results.markdown(["width x height", "images", judge.distance_name, judge.score_name], lines)
+
+
 def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
     """Tables 4 and 5: distance, time and memory of the ways to draw an image of a size."""
     header = ["width x height", "way", judge.distance_name, "seconds an image", "peak memory (MiB)"]
@@ -120,6 +129,9 @@ def report(judge: Judge, subject: Subject, rows: list[Row]) -> str:
         )
         if cells
     ]
+    floored = [row for row in rows if "floor" in row]
+    if floored:
+        parts.append(f"### The best possible: outputs at the trained size, cropped\n\n{floors(judge, floored)}")
     for kind, title in ((COST, "Against resizing from the trained size"), (MULTIDIFFUSION, "Against MultiDiffusion")):
         if any(row["kind"] == kind for row in rows):
             parts.append(f"### {title}\n\n{costs(judge, subject, rows, kind)}")
