@@ -51,7 +51,7 @@ class TerrainJudge:
 
     distance_name = "Frechet distance (features of the heights, % of a variance)"
     score_name = "correlation of asked and read difficulty (%)"
-    natives = 1000
+    natives = 500
 
     def __init__(self, subject: Subject, folder: Path, batch: int) -> None:
         """The native maps are drawn by `subject` into `folder`, `batch` at a time."""
