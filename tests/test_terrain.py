@@ -248,7 +248,7 @@ def test_a_run(part, monkeypatch, capsys, tmp_path):
     assert Image.open(folder / "96x80" / "paper" / "000000.png").mode == "I;16"
     table = (folder / "results.md").read_text()
     assert "correlation of asked and read difficulty (%)" in table
-    assert table.count("### The best possible: outputs at the trained size, cropped") == 1
+    assert table.count("### What outputs of the trained size have, cropped to the size") == 1
 
 
 def test_images_are_compared_with_crops_of_the_native_ones(part, tmp_path):
@@ -262,6 +262,17 @@ def test_images_are_compared_with_crops_of_the_native_ones(part, tmp_path):
     assert torch.equal(read[:, 0], judge.asked)
     rough = judge.features((judge.native - 0.5) * 0.5 + 0.5)
     assert judge.reference((80, 80)).distance(rough) > judge.floor((80, 80), 20)["distance"]
+
+
+def test_the_slopes_of_heads(part):
+    heads = part("terrain.heads")
+    subject = part("evaluation.terrain").terrain_subject(tiny_pipeline(part))
+    rows = heads.rows_of(subject, (64, 80), 2, 2)
+    assert [row["train_tokens"] for row in rows] == 4 * [20 * 20]
+    for row in rows:  # with random weights attention is nearly uniform: the entropy is ln N
+        assert row["entropy"] == pytest.approx(math.log(400), abs=0.2)
+        assert row["slopes"] == pytest.approx([1.0, 1.0], abs=0.2)
+    assert heads.table(rows).count("mid_block.1 | 400") == 1
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs adaptive-terrain-diffusion and onnx")

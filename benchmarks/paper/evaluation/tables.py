@@ -65,7 +65,7 @@ def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[S
 
 
 def floors(judge: Judge, rows: list[Row]) -> str:
-    """What the trained size's own outputs would have, where the judge measures it."""
+    """The distance and the score of crops of the trained size's outputs, where the judge measures them."""
     lines = [
         [text_of(key_of(row)[1]), str(row["images"]), f"{row['floor']['distance']:.1f}", f"{row['floor']['score']:.1f}"]
         for row in rows
@@ -131,7 +131,7 @@ def report(judge: Judge, subject: Subject, rows: list[Row]) -> str:
     ]
     floored = [row for row in rows if "floor" in row]
     if floored:
-        parts.append(f"### The best possible: outputs at the trained size, cropped\n\n{floors(judge, floored)}")
+        parts.append(f"### What outputs of the trained size have, cropped to the size\n\n{floors(judge, floored)}")
     for kind, title in ((COST, "Against resizing from the trained size"), (MULTIDIFFUSION, "Against MultiDiffusion")):
         if any(row["kind"] == kind for row in rows):
             parts.append(f"### {title}\n\n{costs(judge, subject, rows, kind)}")

@@ -19,7 +19,6 @@ from evaluation.subjects import Size, Subject
 SIZES = ((64, 64), (96, 96), (160, 160), (192, 192), (64, 128), (128, 64), (128, 192), (192, 128), (128, 128))
 STRIDE = 37  # between the difficulties of successive images: any run of 100 images has all difficulties
 FIRST_NATIVE = 10**6  # number of the first native map, beyond the numbers of a run's images
-SPLITS = 10
 
 
 def difficulties(numbers: Sequence[int]) -> list[int]:
@@ -98,18 +97,18 @@ class TerrainJudge:
     def floor(self, size: Size, count: int) -> dict[str, float]:
         """What native maps themselves have: the least distance and the greatest score that can be expected.
 
-        The distance is that of `count` of them, at most half, to the others, the mean over splits. The score is that of
-        one half, read by a reader that is fitted to the other.
+        The distance is that of each `count` successive maps, at most half of all, to the others, the mean. The score is
+        that of one half, read by a reader that is fitted to the other.
         """
         crops = self.native_features(self.crop(size))
-        generator = torch.Generator().manual_seed(0)
-        some = min(count, self.natives // 2)
-        orders = [torch.randperm(self.natives, generator=generator) for _ in range(SPLITS)]
-        distances = [Reference(crops[order[some:]]).distance(crops[order[:some]]) for order in orders]
-        fitted, held_out = orders[0].chunk(2)
-        read = features.Reader(crops[fitted], self.asked[fitted]).read(crops[held_out])
-        score = total_score(torch.stack([self.asked[held_out], read], dim=1))
-        return {"distance": sum(distances) / SPLITS, "score": score}
+        some, half = min(count, self.natives // 2), self.natives // 2
+        distances = [
+            Reference(torch.cat([crops[:start], crops[start + some :]])).distance(crops[start : start + some])
+            for start in range(0, self.natives - some + 1, some)
+        ]
+        read = features.Reader(crops[:half], self.asked[:half]).read(crops[half:])
+        score = total_score(torch.stack([self.asked[half:], read], dim=1))
+        return {"distance": sum(distances) / len(distances), "score": score}
 
     def crop(self, size: Size) -> Size:
         """The size of the crops that images of a size are judged by."""

@@ -69,7 +69,13 @@ class TerrainPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
-    def _check(self, difficulties, height, width, generator) -> None:
+    def _check(
+        self,
+        difficulties: list[int],
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> None:
         known = all(type(difficulty) is int and 1 <= difficulty <= DIFFICULTIES for difficulty in difficulties)
         if not difficulties or not known:
             raise ValueError(f"difficulties must be a list of ints from 1 to {DIFFICULTIES}, got {difficulties!r}")

@@ -7,6 +7,8 @@ in the package's file of weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -16,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 GROUPS = 32  # of every group norm
+Resample = Callable[[torch.Tensor], torch.Tensor]
 
 
 def halve(x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +32,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
 class Residual(nn.Module):
     """A residual block, (B, channels, H, W) -> (B, out_channels, H, W); `resample` changes H and W first."""
 
-    def __init__(self, channels: int, out_channels: int, embedding: int, resample=None):
+    def __init__(self, channels: int, out_channels: int, embedding: int, resample: Resample | None = None):
         super().__init__()
         self.resample = resample
         self.norm1 = nn.GroupNorm(GROUPS, channels)
