@@ -207,6 +207,14 @@ def test_what_is_missing_is_said(part, monkeypatch, capsys, tmp_path, installed,
     assert said in capsys.readouterr().err
 
 
+def test_a_missing_onnx_is_said(part, monkeypatch):
+    weights = part("terrain.weights")
+    monkeypatch.setattr(weights, "weights_file", lambda: Path("none"))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match=r"onnx is missing: pip install 'entropy_attn\[terrain\]'"):
+        weights.load()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
