@@ -21,6 +21,7 @@ OWN = (
     "emojis", "evaluation", "glyphs", "harness", "metrics", "paper", "pixels", "recognition", "results", "terrain",
     "training",
 )  # fmt: skip
+LAYERS = ("down_blocks.5.1", "mid_block.1", "up_blocks.0.1", "up_blocks.1.1")  # of the tiny network, as they run
 INSTALLED = all(importlib.util.find_spec(name) for name in ("terrain_diffusion", "onnx"))
 
 
@@ -68,8 +69,7 @@ def test_the_library_scales_its_attention(part):
     torch.testing.assert_close(scaled[0], plain[0])
     assert (scaled[1] - plain[1]).abs().max() > 1e-5
     rows = record.table(by=("run", "layer"))
-    layers = ["down_blocks.5.1", "mid_block.1", "up_blocks.0.1", "up_blocks.1.1"]  # in the order in which they run
-    assert [row["layer"] for row in rows] == 2 * [f"unet.{layer}" for layer in layers]
+    assert [row["layer"] for row in rows] == 2 * [f"unet.{layer}" for layer in LAYERS]
     assert {(row["tokens"], row["train_tokens"]) for row in rows} == {(20 * 20, 20 * 20), (16 * 20, 20 * 20)}
     expected = math.sqrt(math.log(16 * 20) / math.log(20 * 20))
     assert [row["multiplier"] for row in rows] == pytest.approx(4 * [1.0] + 4 * [expected])
@@ -281,6 +281,28 @@ def test_the_slopes_of_heads(part):
         assert row["entropy"] == pytest.approx(math.log(400), abs=0.2)
         assert row["slopes"] == pytest.approx([1.0, 1.0], abs=0.2)
     assert heads.table(rows).count("mid_block.1 | 400") == 1
+
+
+def test_a_scale_on_each_group_of_layers(part, tmp_path):
+    groups, terrain = part("terrain.groups"), part("evaluation.terrain")
+    names = [f"unet.{layer}" for layer in LAYERS]
+    rows = [
+        {"layer": name, "train_tokens": 400, "entropy": entropy, "slopes": slopes}
+        for name, entropy, slopes in zip(
+            names, (5.9, 5.0, 5.0, 3.0), ([1, 1], [0.7, 1], [0.6, 0.8], [0, 0]), strict=True
+        )
+    ]
+    found = groups.groups_of(rows)
+    assert found == {"uniform": names[:1], "global": names[1:2], "local": names[2:]}
+    judge = terrain.TerrainJudge(terrain.terrain_subject(tiny_pipeline(part)), tmp_path, 10)
+    judge.natives = 40
+    measured = groups.measure(judge, {**found, "none of them": []}, (64, 80), range(20))
+    assert [(row["group"], row["layers"]) for row in measured] == [
+        ("none", 0), ("uniform", 1), ("global", 1), ("local", 2), ("none of them", 0),
+    ]  # fmt: skip
+    changes = [row["change"] for row in measured[1:]]
+    assert all(change != 0 for change in changes[:3])
+    assert changes[3] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs adaptive-terrain-diffusion and onnx")
