@@ -28,7 +28,7 @@ def evaluation(monkeypatch):
     for folder in (BENCHMARKS, PAPER):
         monkeypatch.syspath_prepend(str(folder))
     yield lambda name: importlib.import_module(name)
-    ours = ("evaluation", "glyphs", "metrics", "harness", "results", "paper")
+    ours = ("evaluation", "glyphs", "terrain", "metrics", "harness", "results", "paper")
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:
         del sys.modules[name]
 

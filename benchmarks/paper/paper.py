@@ -1,6 +1,7 @@
 """The paper's tables and figures, measured on a model: at which sizes λ helps, and how much.
 
     python benchmarks/paper/paper.py --model glyphs
+    python benchmarks/paper/paper.py --model terrain
     python benchmarks/paper/paper.py --model sd21 --references coco/ --num 2000 --device cuda
 
 Every image is kept, so the same command continues an interrupted run. Image number n has seed n with every scale. The
@@ -9,6 +10,7 @@ intervals over the images. A change is paired: each image is compared with the o
 seed. At the trained size, if it is among the sizes, multiples of the scale are the control. With rules beyond
 the paper among --scales, the first half of the images also chooses the best of these scales. For an embedded pipeline
 "fid" is the Frechet distance between features of its recogniser, and "clip" is the share of images that it reads right.
+For terrain they are features of the heights, and the correlation of the asked with the read difficulty.
 """
 
 from __future__ import annotations
@@ -34,12 +36,15 @@ try:
     from evaluation.run import MULTIDIFFUSION, WHAT, Run, work
     from evaluation.sources import read_prompts
     from evaluation.subjects import Size, Subject, emojis, glyphs, text_to_image
+    from evaluation.terrain import TerrainJudge, terrain
 except ImportError as error:
     print(f"{error.name} is missing: pip install 'entropy_attn[demo]'", file=sys.stderr)
     sys.exit(2)
 
+TERRAIN = "terrain"
 EMBEDDED = {"glyphs": (glyphs, GlyphJudge), "emojis": (emojis, EmojiJudge)}
 TEXT_ONLY = ("prompts", "references", "clip", "inception", "train_size")
+MEANINGLESS = {**dict.fromkeys(EMBEDDED, TEXT_ONLY), TERRAIN: (*TEXT_ONLY, "folder", "steps", "guidance")}  # options
 
 
 def wanted(subject: Subject, what: list[str]) -> list[str]:
@@ -53,6 +58,15 @@ def wanted(subject: Subject, what: list[str]) -> list[str]:
                 raise
             print(f"left out: {error}", file=sys.stderr)
             chosen.remove(MULTIDIFFUSION)
+    return chosen
+
+
+def wanted_scales(subject: Subject, named: list[str]) -> list[str]:
+    """The original scale and those that are named. Matching is left out where there is no step to follow."""
+    chosen = [rule for rule in (*rules.RULES, *rules.BEYOND) if rule in (rules.ORIGINAL, *named)]
+    if subject.one_step and rules.MATCHED in chosen:
+        print(f"left out: {rules.MATCHED}, because {subject.name} has one step only", file=sys.stderr)
+        chosen.remove(rules.MATCHED)
     return chosen
 
 
@@ -72,6 +86,9 @@ def open_model(arguments: argparse.Namespace) -> tuple[Subject, Judge]:
         subject, judge = EMBEDDED[arguments.model]
         given = {"folder": arguments.folder, **options}  # None: the subject's and the pipeline's own defaults
         return subject(device=device, dtype=dtype, **{name: x for name, x in given.items() if x is not None}), judge()
+    if arguments.model == TERRAIN:
+        subject = terrain(device, dtype)
+        return subject, TerrainJudge(subject, arguments.out / TERRAIN / "native", arguments.batch)
     for name, default in (("num_inference_steps", 50), ("guidance_scale", 7.5)):
         options[name] = default if options[name] is None else options[name]
     prompts = read_prompts(arguments.prompts)
@@ -87,14 +104,15 @@ def open_run(arguments: argparse.Namespace) -> Run:
     run = Run(subject, judge, arguments.num, arguments.batch, arguments.out / name, arguments.seed)
     run.check_settings(
         **{name: getattr(arguments, name) for name in ("model", "steps", "guidance", "dtype", "train_size")},
-        prompts=None if arguments.model in EMBEDDED else judge.prompts,
+        prompts=getattr(judge, "prompts", None),
     )
     return run
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="glyphs", help="glyphs, emojis, sd21, sd15, ldm, or any path or hub id")
+    models = "glyphs, emojis, terrain, sd21, sd15, ldm, or any path or hub id"
+    parser.add_argument("--model", default="glyphs", help=models)
     parser.add_argument(
         "--what", nargs="+", choices=(*WHAT, "all"), default=["all"], help="all: what the model allows (default)"
     )
@@ -125,7 +143,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device}: PyTorch {torch.__version__} sees no GPU")
-    for name in TEXT_ONLY if arguments.model in EMBEDDED else ("folder",):
+    for name in MEANINGLESS.get(arguments.model, ("folder",)):
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} has no meaning for --model {arguments.model}")
     return arguments
@@ -138,7 +156,7 @@ def main() -> None:
         what = wanted(run.subject, arguments.what)
         about = {name: getattr(arguments, name) for name in ("model", "num", "seed", "references", "clip", "inception")}
         with Rows(run.out / "results.jsonl", arguments.device, **about) as rows:
-            scales = [rule for rule in (*rules.RULES, *rules.BEYOND) if rule in (rules.ORIGINAL, *arguments.scales)]
+            scales = wanted_scales(run.subject, arguments.scales)
             work(run, arguments.sizes or list(run.subject.sizes), what, scales, rows)
         written = results.write_tables(rows.path, rows.machine, tables.report(run.judge, run.subject, rows.rows))
         names = {kind: name for kind, (name, _) in tables.kinds_of(run.judge).items()}

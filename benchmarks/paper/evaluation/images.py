@@ -12,10 +12,13 @@ from PIL import Image, UnidentifiedImageError
 
 
 class ImageFolder:
-    """Images by number. Files are written atomically: after an interruption there are only whole ones."""
+    """Images by number. Files are written atomically: after an interruption there are only whole ones.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `bits` is 8, or 16 for images of one channel whose grey levels are measured.
+    """
+
+    def __init__(self, path: Path, bits: int = 8) -> None:
+        self.path, self.bits = path, bits
 
     def file(self, number: int) -> Path:
         return self.path / f"{number:06}.png"
@@ -26,7 +29,8 @@ class ImageFolder:
     def save(self, number: int, image: torch.Tensor) -> None:
         """Write an image (C, H, W) in [0, 1]; C is 1 or 3."""
         self.path.mkdir(parents=True, exist_ok=True)
-        pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()
+        most, kind = 2**self.bits - 1, f"uint{self.bits}"
+        pixels = (image.permute(1, 2, 0) * most).round().clamp(0, most).cpu().numpy().astype(kind)
         part = self.file(number).with_suffix(".part")
         Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(part, format="png")
         os.replace(part, self.file(number))
@@ -40,14 +44,15 @@ def read_image(path: Path) -> torch.Tensor:
     """An image (C, H, W) in [0, 1], float32. Raises ValueError if the file cannot be read as an image."""
     try:
         with Image.open(path) as image:
-            return pixels_of(np.array(image if image.mode in ("L", "RGB") else image.convert("RGB")))
+            return pixels_of(np.array(image if image.mode in ("L", "I;16", "RGB") else image.convert("RGB")))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def pixels_of(image: np.ndarray) -> torch.Tensor:
-    """An image (H, W) or (H, W, C) uint8 as (C, H, W) float32 in [0, 1]."""
-    return torch.tensor(image).reshape(*image.shape[:2], -1).permute(2, 0, 1).float() / 255
+    """An image (H, W) or (H, W, C), uint8 or uint16, as (C, H, W) float32 in [0, 1]."""
+    values = torch.tensor(image.astype(np.float32)) / np.iinfo(image.dtype).max
+    return values.reshape(*image.shape[:2], -1).permute(2, 0, 1)
 
 
 def generate(

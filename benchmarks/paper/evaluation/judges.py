@@ -39,7 +39,7 @@ class Judge(Protocol):
         """Features (n, F) of images (n, C, H, W) in [0, 1]."""
 
     def scores(self, images: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-        """Scores (n,) of images (n, C, H, W) with these image numbers."""
+        """Scores of images (n, C, H, W) with these image numbers: (n,), or pairs (n, 2) as in `total_score`."""
 
     def reference(self, size: Size) -> Reference:
         """The reference that images of a size are compared with."""
@@ -229,9 +229,18 @@ def distance_row(reference: Reference, features: torch.Tensor, original: torch.T
 
 
 def score_row(scores: torch.Tensor, original: torch.Tensor | None) -> dict[str, Any]:
-    """The mean of scores (n,) with its interval; with scores `original`, the paired change and its interval too."""
-    base = None if original is None else lambda i: original[i].mean().item()
-    return _row(lambda i: scores[i].mean().item(), base, len(scores), False)
+    """`total_score` with its interval; with scores `original`, the paired change and its interval too."""
+    base = None if original is None else lambda i: total_score(original[i])
+    return _row(lambda i: total_score(scores[i]), base, len(scores), False)
+
+
+def total_score(scores: torch.Tensor) -> float:
+    """The mean of scores (n,), or the correlation, in %, of the two columns of pairs (n, 2): 0 if one is constant."""
+    if scores.ndim == 1:
+        return scores.mean().item()
+    if (scores == scores[0]).all(0).any():
+        return 0.0
+    return 100 * torch.corrcoef(scores.T)[0, 1].item()
 
 
 Statistic = Callable[[torch.Tensor], float]

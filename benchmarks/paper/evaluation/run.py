@@ -117,7 +117,7 @@ class Run:
 
     def folder(self, size: Size, rule: str) -> ImageFolder:
         """The folder of a cell's images."""
-        return ImageFolder(self.out / f"{size[0]}x{size[1]}" / rule.replace(" ", "-"))
+        return ImageFolder(self.out / f"{size[0]}x{size[1]}" / rule.replace(" ", "-"), self.subject.bits)
 
     def images(self, size: Size, rule: str, progress: tqdm) -> torch.Tensor:
         """All images of a cell. Those that are not in the folder are generated."""
@@ -149,7 +149,9 @@ class Run:
         ours, original = (measured(size, each, progress)[self.second_half] for each in (rule, rules.ORIGINAL))
         paired = None if rule == rules.ORIGINAL else original
         if kind == FID:
-            return row | distance_row(self.judge.reference(size), ours, paired)
+            row |= distance_row(self.judge.reference(size), ours, paired)
+            measure_floor = getattr(self.judge, "floor", None)  # of judges that have one
+            return row | ({"floor": measure_floor(size, len(ours))} if measure_floor and paired is None else {})
         return row | score_row(ours, paired)
 
     def measured(self, kind: str, size: Size, rule: str) -> Row:

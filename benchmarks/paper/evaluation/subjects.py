@@ -62,6 +62,9 @@ class Subject:
     call: Callable[[list[int]], dict[str, Any]]  # from image numbers to arguments of the pipeline
     family: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # arguments of every call
+    smallest: int = 1  # of width and height, in pixels
+    bits: int = 8  # of the files of its images
+    one_step: bool = False  # whether there is no step before another, whose entropy matching could follow
 
     def draw(self, size: Size, numbers: Sequence[int], settings: dict[str, Any] | None) -> torch.Tensor:
         """Images (n, C, H, W) in [0, 1]. `settings` are arguments of `enable`; None draws without the adapter."""
@@ -133,6 +136,8 @@ class Subject:
                 raise ValueError(
                     f"{self.name} draws sizes in multiples of {self.multiple} pixels, got {width}x{height}"
                 )
+            if min(width, height) < self.smallest:
+                raise ValueError(f"{self.name} is judged from {self.smallest} pixels on, got {width}x{height}")
 
 
 def denoiser(pipe: Any) -> torch.nn.Module:

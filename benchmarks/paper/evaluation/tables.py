@@ -64,6 +64,15 @@ def quality(judge: Judge, subject: Subject, rows: list[Row], cells: list[tuple[S
     return results.markdown(header, lines)
 
 
+def floors(judge: Judge, rows: list[Row]) -> str:
+    """The distance and the score of crops of the trained size's outputs, where the judge measures them."""
+    lines = [
+        [text_of(key_of(row)[1]), str(row["images"]), f"{row['floor']['distance']:.1f}", f"{row['floor']['score']:.1f}"]
+        for row in rows
+    ]
+    return results.markdown(["width x height", "images", judge.distance_name, judge.score_name], lines)
+
+
 def costs(judge: Judge, subject: Subject, rows: list[Row], kind: str) -> str:
     """Tables 4 and 5: distance, time and memory of the ways to draw an image of a size."""
     header = ["width x height", "way", judge.distance_name, "seconds an image", "peak memory (MiB)"]
@@ -122,6 +131,9 @@ def report(judge: Judge, subject: Subject, rows: list[Row]) -> str:
         )
         if cells
     ]
+    floored = [row for row in rows if "floor" in row]
+    if floored:
+        parts.append(f"### What outputs of the trained size have, cropped to the size\n\n{floors(judge, floored)}")
     for kind, title in ((COST, "Against resizing from the trained size"), (MULTIDIFFUSION, "Against MultiDiffusion")):
         if any(row["kind"] == kind for row in rows):
             parts.append(f"### {title}\n\n{costs(judge, subject, rows, kind)}")
