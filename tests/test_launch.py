@@ -1,6 +1,7 @@
 """Triton's specialisation of a launch: many lengths, layouts and masks share few compiled kernels."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,26 @@ def test_packed_sequences_of_any_lengths_take_one_kernel(scale, monkeypatch):
             }[scale]
             calls.append(given)
     assert len(kernels_of(calls, monkeypatch, attention_varlen, PACKED_NAMES)) == 1
+
+
+@pytest.mark.parametrize("takes_architecture", [True, False])
+@pytest.mark.parametrize(("release", "is_right"), [("12.8", False), ("12.9", False), ("13.0", True), ("13.1", True)])
+def test_an_assembler_that_miscompiles_for_hopper_is_warned_of(release, is_right, takes_architecture, monkeypatch):
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    text = f"Cuda compilation tools, release {release}, V{release}.93"
+    version = (lambda arch=80: text) if takes_architecture else (lambda: text)
+    monkeypatch.setattr(compiler, "get_ptxas_version", version)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        backend._check_assembler()
+    assert len(said) == (0 if is_right else 1)
+    if said:
+        assert f"ptxas {release} " in str(said[0].message)
+        assert "TRITON_PTXAS_PATH" in str(said[0].message)
+
+
+def test_the_assembler_of_this_triton_is_understood():
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backend._check_assembler()

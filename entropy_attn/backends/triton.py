@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
+import re
 import struct
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -18,6 +21,7 @@ from entropy_attn.kernels.varlen import attention_varlen_forward
 from entropy_attn.scale import LengthRule, SampleRule
 
 _HERE = contextlib.nullcontext()
+RIGHT_PTXAS = (13, 0)  # the oldest that is known to assemble the kernel right for Hopper
 
 
 def forward(query, key, value, attn_mask, scale, is_causal, return_entropy, return_lse, tile: Tile | None = None):
@@ -194,7 +198,26 @@ def _architecture(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
+    if properties.major == 9:
+        _check_assembler()
     return f"sm_{properties.major}{properties.minor}"
+
+
+def _check_assembler() -> None:
+    """Warn where Triton has an assembler that makes wrong code of the kernel for Hopper (benchmarks/README.md)."""
+    from triton.backends.nvidia import compiler
+
+    # Triton 3.4 takes no architecture here.
+    version = compiler.get_ptxas_version(*[90][: len(inspect.signature(compiler.get_ptxas_version).parameters)])
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if release and (int(release[1]), int(release[2])) < RIGHT_PTXAS:
+        warnings.warn(
+            f"entropy_attn: Triton's ptxas {release[1]}.{release[2]} miscompiles this kernel for Hopper at some head "
+            "dims, with wrong results or an illegal memory access. ptxas of CUDA 13.0 does not: set TRITON_PTXAS_PATH "
+            "to it before the first call",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
