@@ -3,38 +3,32 @@
 import argparse
 import io
 import json
-import sys
 import tarfile
 import urllib.error
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, importable
 
 from entropy_attn.diffusers import enable
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PAPER = BENCHMARKS / "paper"
-OWN = ("emojis", "evaluation", "glyphs", "harness", "metrics", "pixels", "recognition", "results", "training")
 
 
 @pytest.fixture
 def emojis(monkeypatch):
-    for folder in (BENCHMARKS, PAPER):
-        monkeypatch.syspath_prepend(str(folder))
-    import emojis.pipeline
-    import emojis.recogniser
-    import emojis.train
-    import evaluation.judges
-    import recognition
-    import training
+    with importable(monkeypatch, BENCHMARKS, PAPER):
+        import emojis.pipeline
+        import emojis.recogniser
+        import emojis.train
+        import evaluation.judges
+        import recognition
+        import training
 
-    yield argparse.Namespace(
-        art=emojis.art, data=emojis.data, prompts=emojis.prompts, pipeline=emojis.pipeline, train=emojis.train,
-        recogniser=emojis.recogniser, recognition=recognition, training=training, judges=evaluation.judges,
-    )  # fmt: skip
-    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
-        del sys.modules[name]  # other tests may import other modules of these names
+        yield argparse.Namespace(
+            art=emojis.art, data=emojis.data, prompts=emojis.prompts, pipeline=emojis.pipeline, train=emojis.train,
+            recogniser=emojis.recogniser, recognition=recognition, training=training, judges=evaluation.judges,
+        )  # fmt: skip
 
 
 @pytest.fixture

@@ -9,35 +9,30 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, importable
 
 from entropy_attn.diffusers import calibrate, enable
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PAPER = BENCHMARKS / "paper"
-OWN = ("glyphs", "metrics", "harness", "pixels", "results", "training")  # modules of the benchmarks
 
 
 @pytest.fixture
 def glyphs(monkeypatch):
-    for folder in (BENCHMARKS, PAPER):
-        monkeypatch.syspath_prepend(str(folder))
-    import glyphs.pipeline
-    import glyphs.recogniser
-    import glyphs.train
-    import metrics
-    import recognition
-    import training
+    with importable(monkeypatch, BENCHMARKS, PAPER):
+        import glyphs.pipeline
+        import glyphs.recogniser
+        import glyphs.train
+        import metrics
+        import recognition
+        import training
 
-    yield argparse.Namespace(
-        data=glyphs.data, designs=glyphs.designs, pipeline=glyphs.pipeline, recogniser=glyphs.recogniser,
-        train=glyphs.train, training=training, metrics=metrics, recognition=recognition,
-    )  # fmt: skip
-    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
-        del sys.modules[name]  # other tests may import other modules of these names
+        yield argparse.Namespace(
+            data=glyphs.data, designs=glyphs.designs, pipeline=glyphs.pipeline, recogniser=glyphs.recogniser,
+            train=glyphs.train, training=training, metrics=metrics, recognition=recognition,
+        )  # fmt: skip
 
 
 def seeded(number):

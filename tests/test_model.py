@@ -1,16 +1,14 @@
 """The model of an A100's main loop: its parts against hand-counted code, its validation, and its command."""
 
 import functools
-import importlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from benchmark_modules import BENCHMARKS, importable
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MODEL = BENCHMARKS / "model"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its disassembler on Linux only")
 
@@ -18,12 +16,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton brings i
 @pytest.fixture
 def a100(monkeypatch):
     """Imports a module of the model by its name, and forgets them all at the end."""
-    for folder in (BENCHMARKS, MODEL):
-        monkeypatch.syspath_prepend(str(folder))
-    yield lambda name: importlib.import_module(name)
-    ours = ("a100", "harness", "sass", "occupancy")
-    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
-        del sys.modules[name]
+    with importable(monkeypatch, BENCHMARKS, MODEL) as module:
+        yield module
 
 
 def listing(*lines: str, bits: int = 0) -> str:

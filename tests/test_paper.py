@@ -1,6 +1,5 @@
 """paper.py: its parts, and whole runs on the embedded pipeline and on tiny models of the paper's families."""
 
-import importlib
 import importlib.util
 import json
 import math
@@ -9,15 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from benchmark_modules import BENCHMARKS, importable
 from PIL import Image
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PAPER = BENCHMARKS / "paper"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error without a GPU")
 
@@ -25,12 +23,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error w
 @pytest.fixture
 def evaluation(monkeypatch):
     """Imports modules of the evaluation by name, and removes them from sys.modules after the test."""
-    for folder in (BENCHMARKS, PAPER):
-        monkeypatch.syspath_prepend(str(folder))
-    yield lambda name: importlib.import_module(name)
-    ours = ("evaluation", "glyphs", "terrain", "metrics", "harness", "results", "paper")
-    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
-        del sys.modules[name]
+    with importable(monkeypatch, BENCHMARKS, PAPER) as module:
+        yield module
 
 
 def run(*arguments) -> subprocess.CompletedProcess:

@@ -1,35 +1,23 @@
 """The rules beyond the paper, on the shipped pipelines of the reproduction."""
 
-import importlib
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_pipelines
 import torch
+from benchmark_modules import BENCHMARKS, importable
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PAPER = BENCHMARKS / "paper"
 SMALL = (16, 16)
-
-
-def forget():
-    """Remove the modules of the benchmarks from sys.modules: the classes of one import do not fit those of another."""
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
 
 
 @pytest.fixture
 def evaluation(monkeypatch):
     """Imports modules of the evaluation by name."""
-    forget()
-    for folder in (BENCHMARKS, PAPER):
-        monkeypatch.syspath_prepend(str(folder))
-    yield lambda name: importlib.import_module(name)
-    forget()
+    with importable(monkeypatch, BENCHMARKS, PAPER) as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The terrain model: its network, pipeline, judge and runs with random weights, and its weights where they are."""
 
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -11,16 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, importable
 from PIL import Image
 
 from entropy_attn.diffusers import EntropyRecord, enable
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PAPER = BENCHMARKS / "paper"
-OWN = (
-    "emojis", "evaluation", "glyphs", "harness", "metrics", "paper", "pixels", "recognition", "results", "terrain",
-    "training",
-)  # fmt: skip
 LAYERS = ("down_blocks.5.1", "mid_block.1", "up_blocks.0.1", "up_blocks.1.1")  # of the tiny network, as they run
 INSTALLED = all(importlib.util.find_spec(name) for name in ("terrain_diffusion", "onnx"))
 
@@ -28,11 +23,8 @@ INSTALLED = all(importlib.util.find_spec(name) for name in ("terrain_diffusion",
 @pytest.fixture
 def part(monkeypatch):
     """Imports modules of the benchmark by name, and removes them from sys.modules after the test."""
-    for folder in (BENCHMARKS, PAPER):
-        monkeypatch.syspath_prepend(str(folder))
-    yield lambda name: importlib.import_module(name)
-    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
-        del sys.modules[name]
+    with importable(monkeypatch, BENCHMARKS, PAPER) as module:
+        yield module
 
 
 def tiny_unet(part, sample_size=80):

@@ -13,7 +13,23 @@ from diffusers.utils.torch_utils import randn_tensor
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class PixelPipeline(DiffusionPipeline):
+class SizedPipeline(DiffusionPipeline):
+    """A pipeline without a VAE. A subclass sets `multiple` and `train_size`, in pixels."""
+
+    multiple: int
+    train_size: int
+
+    def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width, by default the trained ones. Raises ValueError unless they are multiples of `multiple`."""
+        sizes = {"height": height, "width": width}
+        for name, size in sizes.items():
+            if size is not None and (type(size) is not int or size <= 0 or size % self.multiple):
+                raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {size!r}")
+        height, width = (self.train_size if size is None else size for size in sizes.values())
+        return height, width
+
+
+class PixelPipeline(SizedPipeline):
     """Draws images with `COLOURS` channels from embedded conditions.
 
     A pixel of the denoiser has the P x P pixels of a square of the image as its channels.
@@ -34,15 +50,6 @@ class PixelPipeline(DiffusionPipeline):
     def train_size(self) -> int:
         """Height and width in training, in pixels."""
         return self.unet.config.sample_size * self.vae_scale_factor
-
-    def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width, by default the trained ones. Raises ValueError unless they are multiples of `multiple`."""
-        sizes = {"height": height, "width": width}
-        for name, size in sizes.items():
-            if size is not None and (type(size) is not int or size <= 0 or size % self.multiple):
-                raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {size!r}")
-        height, width = (self.train_size if size is None else size for size in sizes.values())
-        return height, width
 
     def sample(
         self,

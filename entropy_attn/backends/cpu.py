@@ -56,6 +56,8 @@ forward_varlen = functools.partial(loop.forward_varlen, forward)
 
 def _by_sdpa(query, key, value, attn_mask, scale, is_causal) -> torch.Tensor | None:
     """The output by PyTorch's SDPA, or None where SDPA cannot take the call or is not right."""
+    if key.shape[2] < SDPA_KEYS:
+        return None
     of_rows = query
     if isinstance(scale, torch.Tensor):
         # SDPA takes one number, so the query is multiplied by the scale, as in `_attend`. In half precision SDPA would
@@ -78,9 +80,7 @@ def _by_sdpa(query, key, value, attn_mask, scale, is_causal) -> torch.Tensor | N
 
 
 def _sdpa_is_right(query, key, value, attn_mask, scale, is_causal) -> bool:
-    """Whether PyTorch's SDPA can take the call and gives what `attention` promises."""
-    if isinstance(scale, torch.Tensor) or key.shape[2] < SDPA_KEYS:
-        return False
+    """Whether PyTorch's SDPA gives what `attention` promises, for a number as scale and at least SDPA_KEYS keys."""
     if not all(map(_rows_lie_apart, (query, key, value))):
         return False
     if is_causal and scale <= 0:  # SDPA gives NaN (torch 2.13)

@@ -207,8 +207,8 @@ def _check_assembler() -> None:
     """Warn where Triton has an assembler that makes wrong code of the kernel for Hopper (benchmarks/README.md)."""
     from triton.backends.nvidia import compiler
 
-    # Triton 3.4 takes no architecture here.
-    version = compiler.get_ptxas_version(*[90][: len(inspect.signature(compiler.get_ptxas_version).parameters)])
+    takes_architecture = inspect.signature(compiler.get_ptxas_version).parameters  # not in Triton 3.4
+    version = compiler.get_ptxas_version(90) if takes_architecture else compiler.get_ptxas_version()
     release = re.search(r"release (\d+)\.(\d+)", version)
     if release and (int(release[1]), int(release[2])) < RIGHT_PTXAS:
         warnings.warn(

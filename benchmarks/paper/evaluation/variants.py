@@ -16,6 +16,8 @@ import torch
 from pixels import PixelPipeline
 
 from entropy_attn.diffusers import EntropyRecord
+from entropy_attn.entropy.rule import Rule
+from entropy_attn.entropy.tokens import Tokens
 from evaluation import rules
 
 GLOBAL_SLOPE = 0.7  # a head is global if its entropy grows at least this much with ln N
@@ -90,7 +92,7 @@ def ultra(layer: str, entropies: Entropies) -> list[float]:
 
 def log_ratio(num_tokens: int, train_tokens: int) -> float:
     """log_T N, or 1 where a logarithm is 0."""
-    return math.log(num_tokens) / math.log(train_tokens) if min(num_tokens, train_tokens) > 1 else 1.0
+    return float(Rule(exponent=1.0).multiplier_for(Tokens(num_tokens, train_tokens)))
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,12 @@ class Hooks:
 
     def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Forward pre-hook of the denoiser."""
-        sample, timesteps = args[0], self.scheduler.timesteps.tolist()
+        sample = args[0]
         self.area = sample.shape[-2] * sample.shape[-1]
-        timestep = kwargs["timestep"].flatten()[0].item()
-        self.step = timesteps.index(timestep) / len(timesteps)
-        self.time = timestep / self.scheduler.config.num_train_timesteps
+        if self.recipe.early or self.recipe.fading:  # reading the timestep waits for the device
+            timestep, timesteps = kwargs["timestep"].flatten()[0].item(), self.scheduler.timesteps.tolist()
+            self.step = timesteps.index(timestep) / len(timesteps)
+            self.time = timestep / self.scheduler.config.num_train_timesteps
         if not self.recipe.temperature:
             return None
         halves = sample.chunk(2)  # guidance calls the denoiser with every sample twice

@@ -10,7 +10,6 @@ import argparse
 import math
 import os
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ if __name__ == "__main__":
 import results
 from evaluation.subjects import Subject
 from evaluation.terrain import terrain
+from evaluation.variants import heads_of
 
 from entropy_attn.entropy import plots
 
@@ -30,18 +30,15 @@ SIDES = (64, 80, 96, 112, 128)  # pixels
 
 def rows_of(subject: Subject, sides: tuple[int, ...], images: int, batch: int) -> list[dict[str, Any]]:
     """A row for every layer: T, the mean entropy at the trained size, and the slope over ln N of each head."""
-    entropies: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))  # layer, head, N
-    trained = {}
-    for side in sides:
-        record = subject.entropies((side, side), range(images), None, batch)
-        for row in record.table(by=("layer", "head")):
-            entropies[row["layer"]][row["head"]][row["tokens"]] = row["entropy"]
-            trained[row["layer"]] = row["train_tokens"]
+    by_size = {
+        (side, side): heads_of(subject.entropies((side, side), range(images), None, batch)) for side in sides
+    }  # fmt: skip
     rows = []
-    for layer, heads in entropies.items():
-        T = trained[layer]
-        lines = [plots.fit_line(list(by_size), list(by_size.values())) for by_size in heads.values()]
-        mean = sum(by_size[T] for by_size in heads.values()) / len(heads)
+    for layer, (T, entropies) in by_size[subject.train_size].items():
+        tokens = [heads[layer].tokens for heads in by_size.values()]
+        of_heads = zip(*(heads[layer].entropies for heads in by_size.values()), strict=True)
+        lines = [plots.fit_line(tokens, each) for each in of_heads]
+        mean = sum(entropies) / len(entropies)
         rows.append({"layer": layer, "train_tokens": T, "entropy": mean, "slopes": [line.slope for line in lines]})
     return rows
 

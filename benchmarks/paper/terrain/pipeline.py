@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import CMStochasticIterativeScheduler, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from pixels import Generators, SizedPipeline
 
 from terrain.unet import TerrainUNet
 
 DIFFICULTIES = 100  # from 1, flat, to this one
 
 
-class TerrainPipeline(DiffusionPipeline):
+class TerrainPipeline(SizedPipeline):
     """Draws a height map for every difficulty, in one step from noise of sigma 80.
 
     The values of a map are not proportional to its heights: see `features.heights_of`.
@@ -41,7 +42,7 @@ class TerrainPipeline(DiffusionPipeline):
         difficulties: list[int],
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "pt",
     ) -> ImagePipelineOutput:
         """Draw a map for each difficulty, from 1 to 100.
@@ -54,9 +55,12 @@ class TerrainPipeline(DiffusionPipeline):
         Raises:
             ValueError: invalid difficulties, size or number of generators.
         """
-        height = self.train_size if height is None else height
-        width = self.train_size if width is None else width
-        self._check(difficulties, height, width, generator)
+        known = all(type(difficulty) is int and 1 <= difficulty <= DIFFICULTIES for difficulty in difficulties)
+        if not difficulties or not known:
+            raise ValueError(f"difficulties must be a list of ints from 1 to {DIFFICULTIES}, got {difficulties!r}")
+        height, width = self.size_of(height, width)
+        if isinstance(generator, list) and len(generator) != len(difficulties):
+            raise ValueError(f"generator must be one, or one for each of {len(difficulties)}, got {len(generator)}")
         device, dtype = self._execution_device, self.unet.dtype
         difficulty = (torch.tensor(difficulties, device=device) - 1) / (DIFFICULTIES - 1)
         self.scheduler.set_timesteps(1, device=device)
@@ -68,22 +72,6 @@ class TerrainPipeline(DiffusionPipeline):
         images = self.image_processor.postprocess(samples, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
-
-    def _check(
-        self,
-        difficulties: list[int],
-        height: int,
-        width: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> None:
-        known = all(type(difficulty) is int and 1 <= difficulty <= DIFFICULTIES for difficulty in difficulties)
-        if not difficulties or not known:
-            raise ValueError(f"difficulties must be a list of ints from 1 to {DIFFICULTIES}, got {difficulties!r}")
-        for name, size in (("height", height), ("width", width)):
-            if type(size) is not int or size <= 0 or size % self.multiple:
-                raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {size!r}")
-        if isinstance(generator, list) and len(generator) != len(difficulties):
-            raise ValueError(f"generator must be one, or one for each of {len(difficulties)}, got {len(generator)}")
 
 
 def one_step() -> CMStochasticIterativeScheduler:
