@@ -33,12 +33,18 @@ class LayerCall:
     report: Callable[[str], None]  # takes a sentence on λ or entropy that is missing
     keys: int
     traced: bool = False  # parts of the module are compiled, and its frame may be missing from the stack
+    gain: float | torch.Tensor = 1.0  # of the output, and so of the value
     scaled: int = 0  # queries that were multiplied
+    gained: int = 0  # values that were multiplied
     attended: int = 0  # calls of SDPA with this many keys
 
     @property
     def is_unscaled(self) -> bool:
         return not isinstance(self.multiplier, torch.Tensor) and self.multiplier == 1.0
+
+    @property
+    def has_no_gain(self) -> bool:
+        return not isinstance(self.gain, torch.Tensor) and self.gain == 1.0
 
     @property
     def missed(self) -> str | None:

@@ -103,6 +103,19 @@ def test_ten_sizes(stock_graphs):
     assert_none_close(outputs[2:4], stock[2:4])
 
 
+def test_a_gain_takes_no_further_graph(stock_graphs):
+    unet = tiny.unet(32, "two levels")
+    with entropy_attn.enable(unet):
+        without = run(unet)
+    with entropy_attn.enable(unet, gain_exponent=1.0) as handle:
+        expected = run(unet)
+        outputs, graphs = compiled(unet)
+    assert_all_close(outputs, expected)
+    assert_none_close([expected[0], expected[-1]], [without[0], without[-1]])
+    assert graphs == stock_graphs
+    assert 1 < handle.layers()[0]["gain"] < 2
+
+
 def test_graphs_hold_no_operator_of_ours():
     unet = one_layer()
     with entropy_attn.enable(unet, exponent=1.0, max_multiplier=1.1, overrides={"*mid*": {"exponent": 0.25}}):

@@ -37,16 +37,29 @@ def drawn(variants, subject, size, recipe, entropies=None):
 
 def test_every_rule_has_a_recipe_and_a_meaning(evaluation, variants):
     rules = evaluation("evaluation.rules")
-    assert set(variants.RECIPES) == {*rules.BEYOND, *rules.GAIN_CONTROLS}
-    families = {"gain q": rules.BEYOND[:3], "constant gain g": rules.GAIN_CONTROLS}
+    assert {*variants.RECIPES, *rules.GAIN_RULES} == {*rules.BEYOND, *rules.GAIN_CONTROLS}
+    families = {
+        "gain q": [rule for rule in rules.GAIN_RULES if rule.startswith("gain")],
+        "exponent p, gain q": [rule for rule in rules.GAIN_RULES if rule.startswith("exponent")],
+        "constant gain g": rules.GAIN_CONTROLS,
+    }
     told = {rule for name in rules.BEYOND_MEANING for rule in families.get(name, (name,))}
-    assert told == set(variants.RECIPES)
+    assert told == {*rules.BEYOND, *rules.GAIN_CONTROLS}
     assert not set(rules.BEYOND) & set(rules.RULES)
 
 
-def test_an_unknown_rule_is_named(variants):
-    with pytest.raises(ValueError, match="got 'gain 3'"):
-        variants.recipe_of("gain 3")
+def test_the_options_of_rules_with_a_gain(evaluation):
+    options_of = evaluation("evaluation.rules").options_of
+    assert options_of("gain 0.5", None) == {"exponent": 0.0, "gain_exponent": 0.5}
+    assert options_of("paper, gain 1", None) == {"gain_exponent": 1.0}
+    assert options_of("exponent 2, gain 0.5", None) == {"exponent": 2.0, "gain_exponent": 0.5}
+
+
+def test_an_unknown_rule_is_named(evaluation, variants):
+    with pytest.raises(ValueError, match="got 'levels all'"):
+        variants.recipe_of("levels all")
+    with pytest.raises(ValueError, match="got 'loss 1'"):
+        evaluation("evaluation.rules").options_of("loss 1", None)
 
 
 def test_another_pipeline_is_named(variants):
@@ -65,7 +78,7 @@ def test_hooks_are_removed(variants, glyphs):
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
     assert hooks() == 0
-    recipe = variants.recipe_of("gain 1")
+    recipe = variants.recipe_of("constant gain 0.8")
 
     def fail():
         with variants.applied(glyphs.pipe, recipe):
@@ -96,24 +109,6 @@ def test_the_papers_exponent_gives_the_images_of_enable(variants, glyphs):
     ours = drawn(variants, glyphs, SMALL, variants.Recipe(exponent=0.5))
     torch.testing.assert_close(ours, glyphs.draw(SMALL, [0, 1], {}), rtol=0, atol=1e-4)
     assert (ours - glyphs.draw(SMALL, [0, 1], None)).abs().max() > 1e-2
-
-
-def test_a_gain_multiplies_the_output_of_attention(variants, glyphs):
-    """Compared with the first layer's output before its last projection, multiplied by hand."""
-    attn = next(module for name, module in glyphs.pipe.unet.named_modules() if name.endswith("attn1"))
-    seen = []
-
-    def note(module, args):
-        seen.append(args[0])
-
-    with attn.to_out[0].register_forward_pre_hook(note):
-        glyphs.draw(SMALL, [0], None)
-        trained = seen[0]
-        seen.clear()
-        drawn(variants, glyphs, SMALL, variants.recipe_of("gain 1"))
-    N, T = trained.shape[1], 144
-    torch.testing.assert_close(seen[0][:1], trained * math.log(N) / math.log(T))
-    assert N == 64
 
 
 def test_multipliers_of_heads(variants):

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from entropy_attn.diffusers.calibration import Calibration, ModelCalibration
+from entropy_attn.diffusers.layer import Context, Layer
 from entropy_attn.diffusers.models import find_denoisers, find_layers, read_model
-from entropy_attn.diffusers.scaling import Context, Denoiser, Layer, attached
+from entropy_attn.diffusers.scaling import Denoiser, attached
 from entropy_attn.diffusers.steps import Clock
 from entropy_attn.entropy.record import EntropyRecord, cell
 from entropy_attn.entropy.rule import Rule
@@ -29,6 +30,7 @@ def enable(
     joint: str = "keys",
     strict: bool = False,
     exponent: float = 0.5,
+    gain_exponent: float = 0.0,
     min_multiplier: float | None = None,
     max_multiplier: float | None = None,
     steps: tuple[int, int | None] | None = None,
@@ -59,13 +61,15 @@ def enable(
             attention="fused", its attention not be replaced; and ValueError where a ControlNet is not known. Without
             it these are warnings.
         exponent: λ = (log_T N) ** exponent / sqrt(d). 0.5 is the paper's; 0 leaves the trained scale.
+        gain_exponent: beside λ, the output of these layers is multiplied by (log_T N) ** gain_exponent, ahead of its
+            projection. 0 leaves it. This is not the paper's: docs/when-it-helps.md says where it helped.
         min_multiplier, max_multiplier: bounds of λ sqrt(d), at most 1 and at least 1. None sets none, or 0.5 and 2 with
             `calibration`.
         steps: (first, stop): only the denoising steps from `first` up to, not including, `stop` (None: to the end),
             as the pipeline's progress bar counts them.
         overrides: for layers whose name matches a pattern (as in `fnmatch`), another multiplier, such as 1.0 to leave
-            them alone, or a dict of exponent, min_multiplier, max_multiplier, steps, train_entropy, multiplier,
-            match_entropy. Later patterns win.
+            them alone, or a dict of exponent, gain_exponent, min_multiplier, max_multiplier, steps, train_entropy,
+            multiplier, match_entropy. Later patterns win.
         calibration: a `Calibration` or the path of one: λ = ((ln N - H_T) / (ln T - H_T)) ** exponent / sqrt(d), with
             H_T the layer's measured entropy at the trained size. Only with joint="keys".
         match_entropy: beyond that closed form, adjust λ at every step so that the entropy of the step before would have
@@ -81,7 +85,7 @@ def enable(
     """
     _check_options(attention, joint, strict, record_entropy, match_entropy)
     calibration = _check_calibration(calibration, match_entropy, joint)
-    rule = Rule(exponent, min_multiplier, max_multiplier, steps)
+    rule = Rule(exponent, min_multiplier, max_multiplier, steps, gain_exponent=gain_exponent)
     models = find_denoisers(pipe_or_model)
     pipeline = None if isinstance(pipe_or_model, torch.nn.Module) else pipe_or_model
     context = Context(attention, joint, strict, None if pipeline is None else weakref.ref(pipeline))
@@ -93,7 +97,7 @@ def enable(
     _override(layers, overrides)
     if record_entropy is not False:
         record = EntropyRecord() if record_entropy is True else record_entropy
-        context.session = record.open_session(_label(exponent, calibration, match_entropy))
+        context.session = record.open_session(_label(rule, calibration, match_entropy))
     if any(layer.wants_entropy or layer.rule.steps for layer in layers):
         context.clock = Clock()
     return Handle(type(pipe_or_model).__name__, context, denoisers, skipped)
@@ -161,10 +165,10 @@ class Handle:
                 other.attach()
 
     def layers(self) -> list[dict]:
-        """One dict a layer: `layer`, `tokens` N and `multiplier` λ √d of its last call, `train_tokens` T, `remarks`.
+        """One dict a layer: of its last call `tokens` N, `multiplier` λ √d and `gain`; `train_tokens` T, `remarks`.
 
-        N, T and the multiplier are None until the layer has run. T is None also for a layer that does not attend to the
-        image, which keeps its trained scale.
+        N, T, the multiplier and the gain are None until the layer has run. T is None also for a layer that does not
+        attend to the image, which keeps its trained scale.
         """
         return [layer.describe() for denoiser in self._denoisers for layer in denoiser.layers]
 
@@ -177,13 +181,18 @@ class Handle:
         width = max(len(row["layer"]) for row in rows)
         state = "" if self.enabled else ", disabled"
         sizes = (f"{d.name} trained at {' x '.join(map(str, d.reading.train_latent))}".strip() for d in self._denoisers)
+        gains = any(layer.rule.gain_exponent for denoiser in self._denoisers for layer in denoiser.layers)
+        names = ("multiplier", "gain") if gains else ("multiplier",)
         lines = [
             f"entropy_attn on {self._title}{state}: {len(rows)} layers; {', '.join(sizes)} latent samples",
-            f"{'layer':{width}}  {'T':>6}  {'N':>6}  λ√d",
+            f"{'layer':{width}}  {'T':>6}  {'N':>6}  {'λ√d     gain' if gains else 'λ√d'}",
         ]
         for row in rows:
-            T, N, multiplier = (cell(row[key]) for key in ("train_tokens", "tokens", "multiplier"))
-            lines.append("  ".join([f"{row['layer']:{width}}", f"{T:>6}", f"{N:>6}", multiplier, *row["remarks"]]))
+            T, N = (cell(row[key]) for key in ("train_tokens", "tokens"))
+            factors = [f"{cell(row[name]):6}" if gains else cell(row[name]) for name in names]
+            lines.append(
+                "  ".join([f"{row['layer']:{width}}", f"{T:>6}", f"{N:>6}", *factors, *row["remarks"]]).rstrip()
+            )
         lines += [f"skipped: {n} of {reason}" for reason, n in Counter(self._skipped).items()]
         return "\n".join(lines)
 
@@ -269,9 +278,10 @@ def _override(layers: list[Layer], overrides) -> None:
             layer.set_rule(layer.rule.with_options(pattern, options))
 
 
-def _label(exponent: float, calibration, match_entropy: bool) -> str:
+def _label(rule: Rule, calibration, match_entropy: bool) -> str:
     """The label in the record of runs with these settings."""
-    if exponent == 0 and not match_entropy:
-        return "trained scale"
+    gain = f", gain exponent {rule.gain_exponent:g}" if rule.gain_exponent else ""
+    if rule.exponent == 0 and not match_entropy:
+        return f"trained scale{gain}"
     kind = "matched λ" if match_entropy else "λ" if calibration is None else "calibrated λ"
-    return kind if exponent == 0.5 else f"{kind}, exponent {exponent:g}"
+    return kind + ("" if rule.exponent == 0.5 else f", exponent {rule.exponent:g}") + gain

@@ -30,6 +30,7 @@ NOT_IMAGE = (
 )  # fmt: skip
 # The modules that produce a query: a norm if there is one, else the projection, alone or in one with key and value.
 QUERIES = (("norm_q", "to_q", "to_qkv"), ("norm_added_q", "add_q_proj", "to_added_qkv"))
+VALUES = (("to_v", "to_qkv"), ("add_v_proj", "to_added_qkv"))
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,23 @@ def query_producers(attn: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]
     for norm, projection, fused in QUERIES:
         if isinstance(getattr(attn, norm, None), torch.nn.Module):
             found.append((getattr(attn, norm), False))
-        else:  # unfusing leaves both projections in the module: the one that is called counts
-            for name in (projection, fused):
-                if isinstance(getattr(attn, name, None), torch.nn.Module):
-                    found.append((getattr(attn, name), name == fused))
+        else:
+            found += _projections(attn, projection, fused)
     return found
+
+
+def value_producers(attn: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:
+    """The modules whose outputs are an attention module's values, and whether query and key come with them."""
+    return [found for projection, fused in VALUES for found in _projections(attn, projection, fused)]
+
+
+def _projections(attn: torch.nn.Module, alone: str, fused: str) -> list[tuple[torch.nn.Module, bool]]:
+    """A projection by itself, and the fused one. Unfusing leaves both in the module: the one that is called counts."""
+    return [
+        (getattr(attn, name), name == fused)
+        for name in (alone, fused)
+        if isinstance(getattr(attn, name, None), torch.nn.Module)
+    ]
 
 
 def find_denoisers(pipe_or_model) -> dict[str, torch.nn.Module]:

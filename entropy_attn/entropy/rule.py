@@ -21,7 +21,8 @@ class Rule:
     """λ √d = ((ln N - H_T) / (ln T - H_T)) ** exponent, within bounds and within a range of denoising steps.
 
     With `train_entropy` H_T = 0 and `exponent` 0.5 it is Eq. 7 of Jin et al. (NeurIPS 2023). At N = T it is 1, and
-    also where the logarithm of N or T is 0. `multiplier` puts a number in its place.
+    also where the logarithm of N or T is 0. `multiplier` puts a number in its place. Beside it, (log_T N) **
+    `gain_exponent` is a gain on the attention's output, which is not the paper's.
     """
 
     exponent: float = 0.5
@@ -31,11 +32,12 @@ class Rule:
     train_entropy: float = 0.0
     multiplier: float | None = None
     match_entropy: bool = False
+    gain_exponent: float = 0.0
 
     def __post_init__(self):
-        for name in ("exponent", "train_entropy", "min_multiplier", "max_multiplier", "multiplier"):
+        for name in ("exponent", "gain_exponent", "train_entropy", "min_multiplier", "max_multiplier", "multiplier"):
             value = getattr(self, name)
-            if value is not None or name in ("exponent", "train_entropy"):
+            if value is not None or name in ("exponent", "gain_exponent", "train_entropy"):
                 _check_number(name, value)
         if self.min_multiplier is not None and self.min_multiplier > 1:
             raise ValueError(f"min_multiplier must be at most 1, the trained scale, got {self.min_multiplier}")
@@ -64,24 +66,20 @@ class Rule:
 
     def multiplier_for(self, tokens: Tokens, device: torch.device | None = None) -> float | torch.Tensor:
         """λ √d of the closed form: a float; or, for a graph in which N and T are symbols, a tensor on `device`."""
-        num_tokens, train_tokens = tokens
-        if train_tokens is None:
-            return 1.0
-        if self.multiplier is not None:
+        if self.multiplier is not None and tokens.train_tokens is not None:
             return float(self.multiplier)
-        if min(num_tokens, train_tokens) < 2 or (device is None and num_tokens == train_tokens):
+        return _power(tokens, self.train_entropy, self.exponent, self.bounds, device)
+
+    def gain_for(self, tokens: Tokens, device: torch.device | None = None) -> float | torch.Tensor:
+        """The gain on the attention's output, as `multiplier_for` gives λ √d."""
+        if self.gain_exponent == 0:
             return 1.0
-        if self.train_entropy > 0 and self.train_entropy >= math.log(train_tokens):
-            return 1.0  # the trained attention was uniform: no scale makes it less peaked
-        if device is None:
-            return entropy_multiplier(num_tokens, train_tokens, self.train_entropy, self.exponent, self.bounds)
-        N, T = (torch.full((), size, dtype=torch.float32, device=device) for size in (num_tokens, train_tokens))
-        return entropy_multiplier(N, T, self.train_entropy, self.exponent, self.bounds)
+        return _power(tokens, 0.0, self.gain_exponent, (0.0, math.inf), device)
 
     def with_options(self, pattern: str, options: float | dict) -> Rule:
         """This rule with what `overrides` says for a layer: a multiplier, or some of the fields by name."""
         if not isinstance(options, dict):
-            return replace(self, multiplier=options, match_entropy=False)
+            return replace(self, multiplier=options, match_entropy=False, gain_exponent=0.0)
         unknown = set(options) - set(self.__dataclass_fields__)
         if unknown:
             raise ValueError(
@@ -89,6 +87,21 @@ class Rule:
                 f"allowed are {', '.join(self.__dataclass_fields__)}"
             )
         return replace(self, **options)
+
+
+def _power(
+    tokens: Tokens, train_entropy: float, exponent: float, bounds: tuple[float, float], device: torch.device | None
+) -> float | torch.Tensor:
+    """((ln N - H_T) / (ln T - H_T)) ** exponent within bounds: a float, or a tensor on `device`; 1 where N = T."""
+    num_tokens, train_tokens = tokens
+    if train_tokens is None or min(num_tokens, train_tokens) < 2 or (device is None and num_tokens == train_tokens):
+        return 1.0
+    if train_entropy > 0 and train_entropy >= math.log(train_tokens):
+        return 1.0  # the trained attention was uniform: no scale makes it less peaked
+    if device is None:
+        return entropy_multiplier(num_tokens, train_tokens, train_entropy, exponent, bounds)
+    N, T = (torch.full((), size, dtype=torch.float32, device=device) for size in (num_tokens, train_tokens))
+    return entropy_multiplier(N, T, train_entropy, exponent, bounds)
 
 
 class Matcher:

@@ -15,14 +15,24 @@ CANDIDATES = (PAPER, *(f"exponent {p:g}" for p in EXPONENTS))  # the exponents a
 RULES = (ORIGINAL, *CANDIDATES, CALIBRATED, MATCHED)
 CONTROLS = tuple(f"multiplier {m:g}" for m in MULTIPLIERS)
 GAINS = (0.5, 1.0, 2.0)  # exponents of log_T N
+GAIN_RULES = (
+    *(f"gain {q:g}" for q in GAINS),
+    "paper, gain 1", "exponent 2, gain 0.5", "exponent 2, gain 1", "exponent 4, gain 2",
+)  # fmt: skip
 CONSTANT_GAINS = (0.8, 0.9, 1.1)  # the control of the gains at the trained size
 GAIN_CONTROLS = tuple(f"constant gain {g:g}" for g in CONSTANT_GAINS)
 TEMPERATURE = "temperature guidance"  # the one rule beyond the paper that changes images of the trained size
 BY_HEADS = ("heads", "global heads", "head entropy", "ultra")  # they need the entropy of every head
 BEYOND = (
-    *(f"gain {q:g}" for q in GAINS), "paper, gain 1", "exponent 2, gain 1", *BY_HEADS, "early", "fading",
-    "levels fine", "levels coarse", TEMPERATURE,
-)  # fmt: skip
+    *GAIN_RULES,
+    *BY_HEADS,
+    "early",
+    "fading",
+    "levels fine",
+    "levels coarse",
+    TEMPERATURE,
+)
+OPTIONS = {"exponent": "exponent", "gain": "gain_exponent"}  # part of a rule's name -> argument of `enable`
 MEANING = {
     ORIGINAL: "1 / √d, as trained",
     PAPER: "λ = √(log_T N / d), Eq. 7 of the paper",
@@ -36,7 +46,7 @@ MEANING = {
 BEYOND_MEANING = {
     "gain q": "the attention's output times (log_T N)^q; the scale as trained",
     "paper, gain 1": "λ, and the attention's output times log_T N",
-    "exponent 2, gain 1": "(log_T N)² / √d, and the attention's output times log_T N",
+    "exponent p, gain q": "(log_T N)^p / √d, and the attention's output times (log_T N)^q",
     "heads": "(log_T N)^(s / 2) / √d, with s the head's dH / d ln N, within 0 and 1",
     "global heads": "λ in the heads whose dH / d ln N is at least 0.7",
     "head entropy": "√((ln N − H_T) / (ln N − H_N)) / √d, H the head's entropy at T and at N, within 0.5 and 2",
@@ -68,11 +78,14 @@ def options_of(rule: str, calibration: Calibration | None) -> dict[str, Any] | N
         return {"calibration": calibration} | ({"match_entropy": True} if rule == MATCHED else {})
     if rule == ORIGINAL:
         return None
-    if rule == PAPER:
-        return {}
-    kind, _, number = rule.partition(" ")
-    if kind == "exponent":
-        return {"exponent": float(number)}
-    if kind == "multiplier":
-        return {"overrides": {"*": float(number)}}
-    raise ValueError(f"rule must be one of {', '.join(RULES)} or 'multiplier m', got {rule!r}")
+    options: dict[str, Any] = {}
+    parts = rule.split(", ")
+    for part in parts:
+        name, _, number = part.partition(" ")
+        if name == "multiplier":
+            options["overrides"] = {"*": float(number)}
+        elif name in OPTIONS:
+            options[OPTIONS[name]] = float(number)
+        elif part != PAPER:
+            raise ValueError(f"rule must be one of {', '.join((*RULES, *GAIN_RULES))} or 'multiplier m', got {rule!r}")
+    return {"exponent": 0.0, **options} if parts[0].startswith("gain ") else options

@@ -69,7 +69,7 @@ class Run:
 
     def check_scales(self, scales: Collection[str]) -> None:
         """Raises ValueError for a rule beyond the paper that the model cannot be drawn with."""
-        if set(scales) & set(rules.BEYOND):
+        if set(scales) & set(variants.RECIPES):
             variants.check_pipeline(self.subject.pipe)
         if rules.TEMPERATURE in scales and not self.subject.guided:
             raise ValueError(variants.UNGUIDED)

@@ -1,4 +1,4 @@
-"""The rules beyond the paper, as forward hooks on the self-attention of an embedded pipeline.
+"""The rules beyond the paper that `enable` does not have, as forward hooks on an embedded pipeline's self-attention.
 
 A hook on `to_q` multiplies the query, which is a multiple of the scale. A hook on `to_v` multiplies the value, which is
 a gain on the attention's output, since the output is linear in the value.
@@ -100,7 +100,6 @@ class Recipe:
     """What a rule multiplies the query and the value of a layer by. At N = T only the last two fields matter."""
 
     exponent: float = 0.0  # of log_T N, on the query
-    gain: float = 0.0  # of log_T N, on the value
     heads: Callable[[str, Entropies], list[float]] | None = None  # a multiplier of the query for each head
     early: bool = False  # the query in the first steps only
     fading: bool = False  # the query's multiplier goes to 1 with the timestep
@@ -110,9 +109,6 @@ class Recipe:
 
 
 RECIPES = {
-    **{f"gain {q:g}": Recipe(gain=q) for q in rules.GAINS},
-    "paper, gain 1": Recipe(exponent=0.5, gain=1.0),
-    "exponent 2, gain 1": Recipe(exponent=2.0, gain=1.0),
     "heads": Recipe(heads=by_slope),
     "global heads": Recipe(heads=of_global_heads),
     "head entropy": Recipe(heads=by_head_entropy),
@@ -222,4 +218,4 @@ class Hooks:
 
     def scale_value(self, module: torch.nn.Module, args: tuple, value: torch.Tensor) -> torch.Tensor:
         """The forward hook of a layer's `to_v`."""
-        return value * (self.recipe.constant_gain * log_ratio(*self.tokens(args)) ** self.recipe.gain)
+        return value * self.recipe.constant_gain
