@@ -89,7 +89,8 @@ def test_handle_before_a_run(pipe):
     assert title == "entropy_attn on StableDiffusionPipeline: 4 layers; unet trained at 64 x 64 latent samples"
     assert first.split() == ["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1", "-", "-", "-"]
     assert handle.layers()[0] == {
-        "layer": first.split()[0], "tokens": None, "train_tokens": None, "multiplier": None, "gain": None, "remarks": [],
+        "layer": first.split()[0], "tokens": None, "train_tokens": None, "multiplier": None, "gain": None,
+        "remarks": [],
     }  # fmt: skip
 
 

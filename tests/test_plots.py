@@ -4,8 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from entropy_attn.entropy import plots
+from entropy_attn.entropy import EntropyRecord, Moment, plots
+from entropy_attn.entropy.heads import HeadSlope, head_slopes
+from entropy_attn.entropy.tokens import Tokens
 
 
 def test_the_line_is_fitted_over_ln_n():
@@ -58,3 +61,45 @@ def test_points_and_lines_are_drawn():
     plots.plot_lines(lines, [plots.Line("λ", [1.0, 2.0, 1.5], look), plots.Line(None, [0.0, 0.0, 0.0], look)])
     assert [list(line.get_ydata()) for line in lines.get_lines()] == [[1.0, 2.0, 1.5], [0.0, 0.0, 0.0]]
     assert lines.get_legend_handles_labels()[1] == ["λ"]
+
+
+def head_rows(slopes, tokens=(64, 256, 1024), T=256, multiplier=1.0):
+    """Rows of a layer whose heads have these slopes, and the entropy 3 at N = 256."""
+    return [
+        {"layer": "a", "head": head, "tokens": N, "train_tokens": T, "multiplier": multiplier,
+         "entropy": 3 + slope * math.log(N / 256)}
+        for N in tokens
+        for head, slope in enumerate(slopes)
+    ]  # fmt: skip
+
+
+def test_slopes_and_sharpness_of_heads():
+    found = head_slopes([*head_rows([1.0, 0.1]), *head_rows([5.0, 5.0], multiplier=0.9)])
+    assert [(head.layer, head.head, head.train_tokens) for head in found] == [("a", 0, 256), ("a", 1, 256)]
+    assert [head.slope for head in found] == pytest.approx([1.0, 0.1])
+    assert [head.sharpness for head in found] == pytest.approx([1 - 3 / math.log(256)] * 2)
+    [nearest] = head_slopes(head_rows([1.0], tokens=(64, 300)))
+    assert nearest.sharpness == pytest.approx(1 - (3 + math.log(300 / 256)) / math.log(300))
+
+
+def test_heads_without_a_slope_are_left_out():
+    cross = [row | {"train_tokens": None} for row in head_rows([1.0])]
+    assert head_slopes([*cross, *head_rows([1.0], tokens=(64,))]) == []
+
+
+def test_heads_are_drawn():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plots.plot_heads(axes, [HeadSlope("a", 0, 64, 0.1, 0.9), HeadSlope("b", 0, 256, 0.5, 0.2)])
+    _, _, coarse, fine = axes.get_lines()
+    assert (list(coarse.get_xdata()), list(coarse.get_ydata())) == ([0.5], [0.2])
+    assert (list(fine.get_xdata()), list(fine.get_ydata())) == ([0.1], [0.9])
+    assert axes.get_legend_handles_labels()[1] == ["T = 256", "T = 64"]
+
+
+def test_the_record_draws_heads_if_there_are_two_sizes():
+    pytest.importorskip("matplotlib")
+    record = EntropyRecord()
+    session = record.open_session("trained scale")
+    for run, N in enumerate((64, 256)):
+        session.add("a", Moment(run=run), Tokens(N, 256), torch.full((1, 2, N), 0.9 * math.log(N)), 1.0, 1)
+        assert len(record.plot().axes) == (2 if run == 0 else 3)

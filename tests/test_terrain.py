@@ -265,7 +265,7 @@ def test_images_are_compared_with_crops_of_the_native_ones(part, tmp_path):
 
 
 def test_the_slopes_of_heads(part):
-    heads = part("terrain.heads")
+    heads = part("heads")
     subject = part("evaluation.terrain").terrain_subject(tiny_pipeline(part))
     rows = heads.rows_of(subject, (64, 80), 2, 2)
     assert [row["train_tokens"] for row in rows] == 4 * [20 * 20]
@@ -273,6 +273,7 @@ def test_the_slopes_of_heads(part):
         assert row["entropy"] == pytest.approx(math.log(400), abs=0.2)
         assert row["slopes"] == pytest.approx([1.0, 1.0], abs=0.2)
     assert heads.table(rows).count("mid_block.1 | 400") == 1
+    assert "| tiny | 400 | 8 | 8 | 0 | 0 |" in heads.summary({"tiny": rows})
 
 
 def test_a_scale_on_each_group_of_layers(part, tmp_path):

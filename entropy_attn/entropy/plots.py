@@ -1,6 +1,7 @@
 """Fig. 5 and Fig. 6 of Jin et al. (NeurIPS 2023): entropy against ln N with fitted lines, and entropy of each layer.
 
-`draw` makes both pictures of an entropy record. `plot_fits` and `plot_lines` draw one of them into given axes.
+`draw` makes both pictures of an entropy record, and one of the heads: how their entropy grows with ln N. `plot_fits`,
+`plot_lines` and `plot_heads` draw one of them into given axes.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from entropy_attn.entropy.heads import HeadSlope
 
 COLORS = ("#3b6fb6", "#d1495b", "#4f9d69", "#8e6bbf", "#c98a2b", "#5c6770")
 MARKERS = "os^Dvp"
@@ -129,8 +133,22 @@ def plot_lines(axes: Any, lines: Iterable[Line]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw(rows: Sequence[dict], path: str | Path | None = None):
-    """Draw the rows of `EntropyRecord.table()`; returns the figure, also saved to `path` if given."""
+def plot_heads(axes: Any, heads: Sequence[HeadSlope]) -> None:
+    """dH / d ln N of every head against its sharpness, a colour for each T."""
+    for slope, text in ((1, "1: Eq. 5"), (0, "0: the entropy does not follow N")):
+        axes.axhline(slope, color=TRAINED, linewidth=1, linestyle=":")
+        axes.annotate(text, (0.99, slope), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", fontsize=8, color=TRAINED)  # fmt: skip
+    for i, T in enumerate(sorted({head.train_tokens for head in heads}, reverse=True)):
+        mine = [head for head in heads if head.train_tokens == T]
+        look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        x, y = [head.sharpness for head in mine], [head.slope for head in mine]
+        axes.plot(x, y, linestyle="", alpha=0.8, label=f"T = {T}", **look)
+    axes.set(xlabel="sharpness at the trained size, 1 − H / ln N", ylabel="dH / d ln N")
+
+
+def draw(rows: Sequence[dict], path: str | Path | None = None, heads: Sequence[HeadSlope] = ()):
+    """Draw the rows of `EntropyRecord.table()`, and heads if given. The figure is also saved to `path` if given."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -138,14 +156,18 @@ def draw(rows: Sequence[dict], path: str | Path | None = None):
     runs = runs_of(rows)
     if not runs:
         raise ValueError("there is nothing to plot: no run with self-attention over an image was recorded")
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    by_tokens, by_layer = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    widths = (1, 1.25, 1) if heads else (1, 1.25)
+    figure = Figure(figsize=(5.3 * sum(widths), 4.8), layout="constrained")
+    by_tokens, by_layer, *by_head = figure.subplots(1, len(widths), width_ratios=widths)
     looks = {}  # color and marker of a scale, the same in both pictures
     for i, label in enumerate(dict.fromkeys(run.label for run in runs)):
         looks[label] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
     _draw_fits(by_tokens, runs, looks)
     _draw_layers(by_layer, runs, looks)
-    for axes in (by_tokens, by_layer):
+    for axes in by_head:
+        plot_heads(axes, heads)
+        axes.set_title("Every head with the trained scale")
+    for axes in (by_tokens, by_layer, *by_head):
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -152,14 +152,17 @@ class EntropyRecord:
         """Draw the paper's Fig. 5 (entropy against ln N, with its fit) and Fig. 6 (entropy of each layer).
 
         Needs matplotlib. Each run is a point of Fig. 5, and a fitted line needs runs at two sizes or more. To compare λ
-        with the trained scale, give one record to `enable(..., exponent=0)` and to `enable(...)`.
+        with the trained scale, give one record to `enable(..., exponent=0)` and to `enable(...)`. With runs of the
+        trained scale at two sizes, a third picture has dH / d ln N of every head against its sharpness at the trained
+        size: Eq. 5 says 1, and λ has nothing to correct in a head with 0.
 
         Returns:
             The matplotlib figure, also saved to `path` if given.
         """
-        from entropy_attn.entropy import plots
+        from entropy_attn.entropy import heads, plots
 
-        return plots.draw(self.table(), path)
+        by_head = self.table(by=("run", "label", "layer", "head"))
+        return plots.draw(self.table(), path, heads.head_slopes(by_head))
 
 
 class Session:

@@ -1,6 +1,6 @@
 """What a scale on a group of layers only does to the terrain model's outputs: uniform, global and local layers.
 
-Reads heads.json, which heads.py writes. A layer is uniform if its entropy is at least 97 % of ln T. Another layer is
+Reads heads.json, which ../heads.py writes. A layer is uniform if its entropy is at least 97 % of ln T. Another layer is
 global if its slope over ln N is at least 0.8, else local. Writes build/paper/terrain/groups.md. The judge's outputs at
 the trained size are those of `paper.py --model terrain` in the same folder. Those that are not there are drawn.
 """
