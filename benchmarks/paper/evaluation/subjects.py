@@ -15,6 +15,7 @@ from emojis.pipeline import EmojiPipeline
 from emojis.prompts import numbered
 from glyphs import data
 from glyphs.pipeline import GlyphPipeline
+from multidiffusion import with_multidiffusion
 from pixels import PixelPipeline
 
 from entropy_attn.diffusers import Calibration, EntropyRecord, calibration_from, enable
@@ -85,19 +86,22 @@ class Subject:
         return torch.nn.functional.interpolate(images, size[::-1], mode="bilinear", antialias=True).clamp(0, 1)
 
     def check_multidiffusion(self) -> None:
-        """Raises ValueError where Diffusers has no MultiDiffusion for the pipeline."""
+        """Raises ValueError where there is no MultiDiffusion for the pipeline."""
         from diffusers import StableDiffusionPipeline  # imported here: it imports transformers
 
-        if not isinstance(self.pipe, StableDiffusionPipeline):
+        if not isinstance(self.pipe, (PixelPipeline, StableDiffusionPipeline)):
             raise ValueError(
-                f"MultiDiffusion takes a StableDiffusionPipeline, {self.name} is a {type(self.pipe).__name__}"
+                "MultiDiffusion takes an embedded pipeline or a StableDiffusionPipeline, "
+                f"{self.name} is a {type(self.pipe).__name__}"
             )
 
     def with_multidiffusion(self) -> Subject:
-        """The same model with MultiDiffusion. Raises ValueError where Diffusers has none for the pipeline."""
+        """The same model with MultiDiffusion. Raises ValueError where there is none for the pipeline."""
         from diffusers import DDIMScheduler, StableDiffusionPanoramaPipeline
 
         self.check_multidiffusion()
+        if isinstance(self.pipe, PixelPipeline):
+            return replace(self, pipe=with_multidiffusion(self.pipe))
         components = dict(self.pipe.components)
         components["scheduler"] = DDIMScheduler.from_config(self.pipe.scheduler.config)
         pipe = StableDiffusionPanoramaPipeline(**components, requires_safety_checker=False).to(self.pipe.device)
