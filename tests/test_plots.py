@@ -66,7 +66,7 @@ def test_points_and_lines_are_drawn():
 def head_rows(slopes, tokens=(64, 256, 1024), T=256, multiplier=1.0):
     """Rows of a layer whose heads have these slopes, and the entropy 3 at N = 256."""
     return [
-        {"layer": "a", "head": head, "tokens": N, "train_tokens": T, "multiplier": multiplier,
+        {"run": (N, multiplier), "layer": "a", "head": head, "tokens": N, "train_tokens": T, "multiplier": multiplier,
          "entropy": 3 + slope * math.log(N / 256)}
         for N in tokens
         for head, slope in enumerate(slopes)
@@ -80,6 +80,26 @@ def test_slopes_and_sharpness_of_heads():
     assert [head.sharpness for head in found] == pytest.approx([1 - 3 / math.log(256)] * 2)
     [nearest] = head_slopes(head_rows([1.0], tokens=(64, 300)))
     assert nearest.sharpness == pytest.approx(1 - (3 + math.log(300 / 256)) / math.log(300))
+
+
+def test_a_size_has_one_point_however_many_runs():
+    runs = [((16, 0), 1.0), ((16, 1), 2.0), ((64, 0), 2.0), ((64, 1), 3.0), ((256, 0), 4.0)]
+    rows = [row | {"run": run, "tokens": run[0], "entropy": H} for run, H in runs for row in head_rows([0], (1,), 64)]
+    [head] = head_slopes(rows)
+    assert head.slope == pytest.approx(plots.fit_line([16, 64, 256], [1.5, 2.5, 4.0]).slope)
+    assert head.sharpness == pytest.approx(1 - 2.5 / math.log(64))
+
+
+def test_no_run_counts_in_which_another_layer_is_scaled():
+    [scaled] = head_rows([1.0], tokens=(2048,))
+    assert head_slopes([*head_rows([0.5]), scaled, scaled | {"layer": "b", "multiplier": 0.9}]) == head_slopes(
+        head_rows([0.5])
+    )
+
+
+def test_a_head_of_one_token_is_uniform():
+    [head] = head_slopes([row | {"entropy": math.log(row["tokens"])} for row in head_rows([1.0], (1, 4), T=1)])
+    assert (head.sharpness, head.slope) == (0, pytest.approx(1))
 
 
 def test_heads_without_a_slope_are_left_out():

@@ -47,9 +47,9 @@ def rows_of(subject: Subject, sides: tuple[int, ...], images: int, batch: int) -
     measured = []
     for side in tqdm(sides, desc=subject.name, unit="size"):
         record = subject.entropies((side, side), range(images), None, batch)
-        measured += [row | {"size": (side, side)} for row in record.table(by=("layer", "head"))]
+        measured += [row | {"run": side} for row in record.table(by=("layer", "head"))]
     rows = []
-    trained = plots.mean_entropy((row for row in measured if row["size"] == subject.train_size), "layer")
+    trained = plots.mean_entropy((row for row in measured if row["run"] == subject.train_size[0]), "layer")
     slopes = head_slopes(measured)
     for layer, entropy in trained.items():
         heads = [head for head in slopes if head.layer == layer]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from entropy_attn.entropy.plots import fit_line
+from entropy_attn.entropy.plots import fit_line, mean_entropy
 
 
 class HeadSlope(NamedTuple):
@@ -23,19 +23,24 @@ def head_slopes(rows: Iterable[Mapping[str, Any]]) -> list[HeadSlope]:
     """The heads that were recorded with the trained scale at two or more N.
 
     Args:
-        rows: of `EntropyRecord.table`, by layer and head at least. Rows with λ are left out: those whose multiplier is
-            not 1.
+        rows: of `EntropyRecord.table`, by run, layer and head at least. Runs with λ are left out: those in which the
+            multiplier of any layer is not 1, since a scaled layer changes the inputs of the others. A gain on the
+            output does too, and is not in the record: runs with a gain need a record of their own. A head has one
+            point for each N, the mean over the runs with that N.
     """
+    rows = list(rows)
+    scaled = {row["run"] for row in rows if abs(row["multiplier"] - 1) > 1e-6}
     heads: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["train_tokens"] is not None and row["tokens"] is not None and abs(row["multiplier"] - 1) < 1e-6:
+        if row["train_tokens"] is not None and row["tokens"] is not None and row["run"] not in scaled:
             heads.setdefault((row["layer"], row["head"]), []).append(row)
     found = []
     for (layer, head), mine in heads.items():
-        line = fit_line([row["tokens"] for row in mine], [row["entropy"] for row in mine])
+        entropies = mean_entropy(mine, "tokens")
+        line = fit_line(list(entropies), list(entropies.values()))
         if line is not None:
             T = mine[0]["train_tokens"]
-            nearest = min(mine, key=lambda row, T=T: abs(math.log(row["tokens"] / T)))
-            sharpness = 1 - nearest["entropy"] / math.log(nearest["tokens"])
+            N = min(entropies, key=lambda tokens, T=T: abs(math.log(tokens / T)))
+            sharpness = 1 - entropies[N] / math.log(N) if N > 1 else 0.0  # attention to one key is uniform
             found.append(HeadSlope(layer, head, T, sharpness, line.slope))
     return found

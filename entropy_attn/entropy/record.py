@@ -153,15 +153,16 @@ class EntropyRecord:
 
         Needs matplotlib. Each run is a point of Fig. 5, and a fitted line needs runs at two sizes or more. To compare λ
         with the trained scale, give one record to `enable(..., exponent=0)` and to `enable(...)`. With runs of the
-        trained scale at two sizes, a third picture has dH / d ln N of every head against its sharpness at the trained
-        size: Eq. 5 says 1, and λ has nothing to correct in a head with 0.
+        trained scale at two sizes, a third picture has dH / d ln N of every head against its sharpness, 1 - H / ln T at
+        the trained size or at the one nearest to it: Eq. 5 says 1, and λ has nothing to correct in a head with 0. Runs
+        in which any layer is scaled do not count for it.
 
         Returns:
             The matplotlib figure, also saved to `path` if given.
         """
         from entropy_attn.entropy import heads, plots
 
-        by_head = self.table(by=("run", "label", "layer", "head"))
+        by_head = self.table(by=("run", "layer", "head"))
         return plots.draw(self.table(), path, heads.head_slopes(by_head))
 
 
