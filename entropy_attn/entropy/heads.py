@@ -40,7 +40,7 @@ def head_slopes(rows: Iterable[Mapping[str, Any]]) -> list[HeadSlope]:
         line = fit_line(list(entropies), list(entropies.values()))
         if line is not None:
             T = mine[0]["train_tokens"]
-            N = min(entropies, key=lambda tokens, T=T: abs(math.log(tokens / T)))
+            _, N = min((abs(math.log(tokens / T)), tokens) for tokens in entropies)
             sharpness = 1 - entropies[N] / math.log(N) if N > 1 else 0.0  # attention to one key is uniform
             found.append(HeadSlope(layer, head, T, sharpness, line.slope))
     return found
