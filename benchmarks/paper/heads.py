@@ -3,8 +3,8 @@
     python benchmarks/paper/heads.py --model glyphs emojis terrain
 
 The paper's rule is derived for heads whose entropy grows by 1 nat when ln N does (Eq. 5). A local head, which attends
-to its neighbourhood only, has a slope near 0. Writes heads.json, heads.md and heads.png: for one model into its folder
-of --out, for several models also a table and a picture of all into --out.
+to its neighbourhood only, has a slope near 0. Writes heads.json, heads.md and heads.png into the model's folder of
+--out, and for several models also a table and a picture of all into --out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def summary(models: dict[str, list[dict[str, Any]]]) -> str:
-    """A line for each T of each model: how many heads follow ln N, and how sharp they are."""
+    """A line for each T of each model: how many heads follow ln N, and how sharp they are on average."""
     lines = []
     for model, rows in models.items():
         for T in sorted({row["train_tokens"] for row in rows}, reverse=True):
@@ -111,7 +111,7 @@ def measure(model: str, out: Path, images: int, batch: int) -> results.Record:
     subject = MODELS[model]()
     with results.Record(out / model / "heads.json", "cpu", images=images, sides=SIDES[model]) as record:
         record.add(*rows_of(subject, SIDES[model], images, batch))
-    results.write_tables(record.path, record.machine, table(record.rows))
+    results.write_tables(record.path, record.machine, f"{summary({model: record.rows})}\n\n{table(record.rows)}")
     draw({model: record.rows}, record.path.with_suffix(".png"))
     return record
 
@@ -130,10 +130,12 @@ def main() -> None:
         records = [measure(model, arguments.out, arguments.images, arguments.batch) for model in arguments.model]
     except ValueError as error:
         parser.error(str(error))
-    models = {model: record.rows for model, record in zip(arguments.model, records, strict=True)}
-    written = results.write_tables(arguments.out / "heads.json", records[0].machine, summary(models))
-    draw(models, arguments.out / "heads.png")
-    print(f"wrote {written} and {arguments.out / 'heads.png'}")
+    path = records[0].path
+    if len(records) > 1:
+        models, path = {record.path.parent.name: record.rows for record in records}, arguments.out / "heads.json"
+        results.write_tables(path, records[0].machine, summary(models))
+        draw(models, path.with_suffix(".png"))
+    print(f"wrote {path.with_suffix('.md')} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

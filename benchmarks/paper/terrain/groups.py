@@ -68,7 +68,7 @@ def main() -> None:
         parser.error(f"--batch must be at least 1, got {arguments.batch}")
     heads = arguments.out / "heads.json"
     if not heads.exists():
-        parser.error(f"{heads} is missing: heads.py writes it")
+        parser.error(f"{heads} is missing: `python benchmarks/paper/heads.py --model terrain` writes it")
     try:
         judge = TerrainJudge(terrain(), arguments.out / "native", arguments.batch)
     except ValueError as error:
