@@ -110,10 +110,13 @@ def test_heads_without_a_slope_are_left_out():
 def test_heads_are_drawn():
     axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
     plots.plot_heads(axes, [HeadSlope("a", 0, 64, 0.1, 0.9), HeadSlope("b", 0, 256, 0.5, 0.2)])
-    _, _, coarse, fine = axes.get_lines()
+    coarse, fine, *lines = axes.get_lines()
     assert (list(coarse.get_xdata()), list(coarse.get_ydata())) == ([0.5], [0.2])
     assert (list(fine.get_xdata()), list(fine.get_ydata())) == ([0.1], [0.9])
-    assert axes.get_legend_handles_labels()[1] == ["T = 256", "T = 64"]
+    assert coarse.get_color() != fine.get_color()
+    assert [line.get_ydata()[0] for line in lines] == [1, 0]
+    said = axes.get_legend_handles_labels()[1]
+    assert said == ["T = 256", "T = 64", "1: Eq. 5", "0: the entropy does not follow N"]
 
 
 def test_the_record_draws_heads_if_there_are_two_sizes():

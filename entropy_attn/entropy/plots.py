@@ -134,16 +134,17 @@ def plot_lines(axes: Any, lines: Iterable[Line]) -> None:
 
 
 def plot_heads(axes: Any, heads: Sequence[HeadSlope]) -> None:
-    """dH / d ln N of every head against its sharpness, a colour for each T."""
-    for slope, text in ((1, "1: Eq. 5"), (0, "0: the entropy does not follow N")):
-        axes.axhline(slope, color=TRAINED, linewidth=1, linestyle=":")
-        axes.annotate(text, (0.99, slope), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      ha="right", fontsize=8, color=TRAINED)  # fmt: skip
-    for i, T in enumerate(sorted({head.train_tokens for head in heads}, reverse=True)):
+    """dH / d ln N of every head against its sharpness. The colors are T in order, other colors than those of scales."""
+    from matplotlib import colormaps
+
+    levels = sorted({head.train_tokens for head in heads}, reverse=True)
+    for i, T in enumerate(levels):
         mine = [head for head in heads if head.train_tokens == T]
-        look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        look = {"color": colormaps["viridis"](0.9 * i / max(1, len(levels) - 1)), "marker": MARKERS[i % len(MARKERS)]}
         x, y = [head.sharpness for head in mine], [head.slope for head in mine]
-        axes.plot(x, y, linestyle="", alpha=0.8, label=f"T = {T}", **look)
+        axes.plot(x, y, linestyle="", markeredgecolor="white", markeredgewidth=0.5, label=f"T = {T}", **look)
+    for slope, style, text in ((1, "--", "1: Eq. 5"), (0, ":", "0: the entropy does not follow N")):
+        axes.axhline(slope, color=TRAINED, linewidth=1, linestyle=style, label=text)
     axes.set(xlabel="sharpness at the trained size, 1 − H / ln N", ylabel="dH / d ln N")
 
 
