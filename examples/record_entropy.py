@@ -2,7 +2,8 @@
 
     python examples/record_entropy.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --sizes 224 384 448 512 768
 
-The script writes entropy.png (entropy against ln N with a fitted line, entropy of each layer) and entropy.json.
+The script writes entropy.png (entropy against ln N with a fitted line, entropy of each layer, slope of each head) and
+entropy.json.
 """
 
 from __future__ import annotations

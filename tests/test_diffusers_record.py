@@ -163,10 +163,11 @@ def test_one_record_for_several_settings(tmp_path):
 
     figure = record.plot(tmp_path / "entropy.png")
     assert (tmp_path / "entropy.png").read_bytes().startswith(b"\x89PNG")
-    by_tokens, by_layer = figure.axes
+    by_tokens, by_layer, by_head = figure.axes
     assert "ln N" in by_tokens.get_xlabel()
     assert any("R²" in text.get_text() for text in by_tokens.get_legend().get_texts())
     assert by_layer.get_xlabel() == "layer"
+    assert len(by_head.get_lines()[0].get_xdata()) == 4 * 2  # layers x heads
     lines = [line for line in by_layer.get_lines() if len(line.get_xdata()) == 4]
     first = record.table(by=("run", "layer"))[:4]
     assert any(np.allclose(line.get_ydata(), [row["entropy"] for row in first]) for line in lines)

@@ -56,6 +56,12 @@ def test_heads_are_counted_by_their_slope(part):
         "| one | 16 | 1 | 0 | 0 | 1 | 0.20 | 0.50 |",
         "| other | 64 | 1 | 1 | 0 | 0 | 1.00 | 0.50 |",
     ]
+    assert part("heads").by_sharpness({"one": [row_of([0.2, 1.05]), row_of([0.85]) | {"sharpness": [0.19]}]}) == (
+        "| model | sharpness | heads | slope 1 ± 0.1 | mean slope | least | largest |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| one | below 0.2 | 1 | 0 | 0.85 | 0.85 | 0.85 |\n"
+        "| one | at least 0.4 | 2 | 1 | 0.62 | 0.20 | 1.05 |"
+    )
     assert part("heads").table(one).splitlines()[3] == "| a | 64 | 2.08 | 0.50 | 0.80 | 0.70 1.00 0.69 |"
 
 
@@ -84,6 +90,7 @@ def test_a_run(part, monkeypatch, glyphs, tmp_path, capsys):
         assert table.count(f"| {model} | 144 | 12 |") == table.count("| mid_block.attentions.0") == 1
     both = (tmp_path / "heads.md").read_text()
     assert both.count("| 144 | 12 |") == 2
+    assert both.count("| sharpness |") == 1
     assert "mid_block" not in both
     one, two = (Image.open(folder / "heads.png").width for folder in (tmp_path / "glyphs", tmp_path))
     assert 1.5 * one < two
@@ -116,3 +123,9 @@ def test_groups_says_what_writes_its_input(part, monkeypatch, capsys, tmp_path):
         part("terrain.groups").main()
     said = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path / 'heads.json'} is missing: `python benchmarks/paper/heads.py --model terrain` writes it" in said
+
+
+def test_the_picture_of_a_record_has_both_scales_and_the_heads(part, glyphs):
+    record = part("emojis.record").record_of(glyphs, (16, 24), 2)
+    assert [row["label"] for row in record.table(by=("run", "label"))] == 2 * ["trained scale"] + 2 * ["λ"]
+    assert len(record.plot().axes) == 3

@@ -10,6 +10,7 @@ to its neighbourhood only, has a slope near 0. Writes heads.json, heads.md and h
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -40,6 +41,7 @@ SIDES = {  # pixels
     "terrain": (64, 80, 96, 112, 128),
 }
 GLOBAL, LOCAL = 0.7, 0.3  # bounds of the slopes that the summary counts
+SHARPNESS, NEAR = (0.2, 0.4), 0.1  # bounds of the bands of sharpness, and how near to 1 a slope is counted as 1
 
 
 def rows_of(subject: Subject, sides: tuple[int, ...], images: int, batch: int) -> list[dict[str, Any]]:
@@ -87,11 +89,31 @@ def summary(models: dict[str, list[dict[str, Any]]]) -> str:
     return results.markdown(["model", "T", "heads", *bounds, "mean slope", "mean sharpness, 1 − H / ln T"], lines)
 
 
+def by_sharpness(models: dict[str, list[dict[str, Any]]]) -> str:
+    """A line for each band of sharpness of each model: the slopes of its heads."""
+    lines = []
+    for model, rows in models.items():
+        heads = [head for row in rows for head in zip(row["sharpness"], row["slopes"], strict=True)]
+        for low, high in itertools.pairwise((-math.inf, *SHARPNESS, math.inf)):
+            slopes = [slope for sharpness, slope in heads if low <= sharpness < high]
+            if slopes:
+                band = f"below {high}" if low < 0 else f"at least {low}" if high > 1 else f"{low} to {high}"
+                near = sum(abs(slope - 1) <= NEAR for slope in slopes)
+                numbers = (sum(slopes) / len(slopes), min(slopes), max(slopes))
+                lines.append([model, band, str(len(slopes)), str(near), *(f"{number:.2f}" for number in numbers)])
+    header = ["model", "sharpness", "heads", f"slope 1 ± {NEAR}", "mean slope", "least", "largest"]
+    return results.markdown(header, lines)
+
+
+def report(models: dict[str, list[dict[str, Any]]]) -> str:
+    return f"{summary(models)}\n\n{by_sharpness(models)}"
+
+
 def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel for each model."""
     plt = harness.pyplot()
     figure, axes = plt.subplots(
-        1, len(models), figsize=(5.5 * len(models), 4.8), sharey=True, layout="constrained", squeeze=False
+        1, len(models), figsize=(5.5 * len(models), 4.8), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
     for each, (model, rows) in zip(axes.flat, models.items(), strict=True):
         heads = [
@@ -101,7 +123,8 @@ def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
         ]
         plots.plot_heads(each, heads)
         each.set_title(model)
-        each.legend(frameon=False, fontsize=9)
+        each.label_outer()
+        each.legend(fontsize=9, framealpha=1)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -111,7 +134,7 @@ def measure(model: str, out: Path, images: int, batch: int) -> results.Record:
     subject = MODELS[model]()
     with results.Record(out / model / "heads.json", "cpu", images=images, sides=SIDES[model]) as record:
         record.add(*rows_of(subject, SIDES[model], images, batch))
-    results.write_tables(record.path, record.machine, f"{summary({model: record.rows})}\n\n{table(record.rows)}")
+    results.write_tables(record.path, record.machine, f"{report({model: record.rows})}\n\n{table(record.rows)}")
     draw({model: record.rows}, record.path.with_suffix(".png"))
     return record
 
@@ -133,7 +156,7 @@ def main() -> None:
     path = records[0].path
     if len(records) > 1:
         models, path = {record.path.parent.name: record.rows for record in records}, arguments.out / "heads.json"
-        results.write_tables(path, records[0].machine, summary(models))
+        results.write_tables(path, records[0].machine, report(models))
         draw(models, path.with_suffix(".png"))
     print(f"wrote {path.with_suffix('.md')} and {path.with_suffix('.png')}")
 

@@ -157,18 +157,19 @@ def draw(rows: Sequence[dict], path: str | Path | None = None, heads: Sequence[H
     runs = runs_of(rows)
     if not runs:
         raise ValueError("there is nothing to plot: no run with self-attention over an image was recorded")
-    widths = (1, 1.25, 1) if heads else (1, 1.25)
-    figure = Figure(figsize=(5.3 * sum(widths), 4.8), layout="constrained")
-    by_tokens, by_layer, *by_head = figure.subplots(1, len(widths), width_ratios=widths)
+    figure = Figure(figsize=(12, 9.4 if heads else 4.8), layout="constrained")
+    above, *below = figure.subfigures(2 if heads else 1, 1, squeeze=False).flat
+    by_tokens, by_layer = above.subplots(1, 2, width_ratios=(1, 1.25))
     looks = {}  # color and marker of a scale, the same in both pictures
     for i, label in enumerate(dict.fromkeys(run.label for run in runs)):
         looks[label] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
     _draw_fits(by_tokens, runs, looks)
     _draw_layers(by_layer, runs, looks)
-    for axes in by_head:
+    for part in below:
+        axes = part.subplots()
         plot_heads(axes, heads)
-        axes.set_title("Every head with the trained scale")
-    for axes in (by_tokens, by_layer, *by_head):
+        axes.set_title("Every head with the trained scale: how its entropy grows with ln N")
+    for axes in figure.axes:
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
