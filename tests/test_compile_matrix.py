@@ -99,6 +99,39 @@ def test_packed_sequences_cost_few_registers(options):
         assert row["spills"] <= other["spills"] + 64 or not triton.__version__.startswith(BUDGETED), row
 
 
+MAIN_LOOPS = """
+import json, re, sys
+from entropy_attn.kernels import aot
+from entropy_attn.kernels.config import configure
+
+def main_loop(kernel):
+    lines = [line.split("//")[0].strip() for line in kernel.asm["ptx"].splitlines()]
+    for end, line in enumerate(lines):
+        jump = re.search(r"bra\\s+(\\S+);", line)
+        if jump and jump[1] + ":" in lines[:end]:
+            loop = [x for x in lines[lines.index(jump[1] + ":") : end] if x.endswith(";") and not x.startswith(".loc")]
+            if any(x.startswith("cp.async.cg") for x in loop):  # the edge loop copies nothing
+                return sorted(re.sub(r"%\\w+", "%", x) for x in loop)
+
+for scale in ("number", "per_head", "per_query", "num_tokens", "lengths"):
+    config = configure("sm_80", "float16", int(sys.argv[1]), scale=scale, entropy=sys.argv[2] == "True")
+    kernel = aot.compile_config("sm_80", "float16", config, packed=scale == "lengths")
+    print(json.dumps([scale, main_loop(kernel)]))
+"""
+
+
+@pytest.mark.parametrize(("head_dim", "entropy"), [(40, False), (96, False), (96, True), (160, False)])
+def test_a_scale_of_any_kind_adds_no_instruction_to_the_main_loop(head_dim, entropy):
+    """In PTX. Which registers ptxas gives them, and in which order it puts them, may differ."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", MAIN_LOOPS, str(head_dim), str(entropy)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loops = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert len(loops["number"]) > 300
+    assert [scale for scale, loop in loops.items() if loop != loops["number"]] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", tiles.DTYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
