@@ -40,7 +40,7 @@ MEANING = {
     CALIBRATED: "√((ln N − H_T) / (ln T − H_T) / d), with H_T each layer's measured entropy at the trained size",
     MATCHED: "that, and then each step follows the entropy of the step before towards H_T",
     RESIZED: "drawn at the trained size, then resized",
-    MULTIDIFFUSION: "MultiDiffusion (Bar-Tal et al., 2023): overlapping windows of the trained size",
+    MULTIDIFFUSION: "MultiDiffusion (Bar-Tal et al., 2023); on an embedded pipeline windows are half their side apart",
     "multiplier m": "m / √d at every size: the control",
 }
 BEYOND_MEANING = {
