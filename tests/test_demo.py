@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmark_modules import BENCHMARKS, importable
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
@@ -24,13 +25,20 @@ def pair(cell: str) -> tuple[float, float]:
     return float(before), float(after)
 
 
-def test_table_and_picture(tmp_path):
+def test_table_and_picture(monkeypatch, capsys, tmp_path):
+    """At three of the sizes, with few images."""
     path = tmp_path / "demo.png"
-    done = run("--count", "20", "--out", str(path))
-    assert done.returncode == 0, done.stderr
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "→" in line]
+    with importable(monkeypatch, BENCHMARKS, BENCHMARKS / "paper") as module:
+        demo = module("demo")
+        assert len(demo.SIZES) == 7
+        monkeypatch.setattr(demo, "SIZES", ((16, 16), (24, 24), (24, 36)))
+        monkeypatch.setattr(demo, "RECORDED", 4)
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--count", "20", "--out", str(path)])
+        demo.main()
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "→" in line]
     rows = {line[0]: line[1:] for line in lines if line[0] and line[0][0].isdigit()}
-    assert list(rows) == ["12 x 12", "16 x 16", "20 x 20", "16 x 24", "24 x 24", "24 x 36", "36 x 36"]
+    assert list(rows) == ["16 x 16", "24 x 24", "24 x 36"]
     assert rows["16 x 16"][0] == "64, 16"
     entropies = {size: [pair(cell) for cell in row[1].split(", ")] for size, row in rows.items()}
     trained = entropies.pop("24 x 24")
