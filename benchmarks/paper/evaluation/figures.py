@@ -29,8 +29,8 @@ COLOURS = {
 def draw_strip(axes: Any, label: str, images: torch.Tensor) -> None:
     """Images (n, C, H, W) in [0, 1] side by side, with grey lines between them and a label on the left."""
     strip = torch.cat(list(torch.nn.functional.pad(images, (1, 1), value=0.5)), 2)
-    axes.imshow(strip.squeeze(0) if len(strip) == 1 else strip.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1,
-                interpolation="nearest")  # fmt: skip
+    pixels = (strip.squeeze(0) if len(strip) == 1 else strip.permute(1, 2, 0)).numpy()
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[], frame_on=False)
     axes.set_ylabel(label, rotation=0, ha="right", va="center")
 
