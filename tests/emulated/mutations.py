@@ -310,7 +310,7 @@ SOURCE = [
         "head * total_q", first="packed sequences",
     ),
     Mutation(
-        "programs beyond their sequence go on", PACKED, "        return\n    begin_k", "        pass\n    begin_k",
+        "programs beyond their sequence go on", PACKED, "Nk = tl.where(tile * M < Nq, Nk, 0)", "Nk = Nk",
         equivalent=True, unseen="Every load and store of such a program is masked. It takes time and does nothing.",
     ),
     Mutation(
