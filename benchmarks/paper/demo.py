@@ -131,7 +131,10 @@ def picture(
     plt = harness.pyplot()
     figure = plt.figure(figsize=(19, 9), layout="constrained")
     images, plotted = figure.subfigures(1, 2, width_ratios=(2.5, 1))
-    images.suptitle("The same seeds at every size, with three rules")
+    size = f"{trained[0]} x {trained[1]}"
+    images.suptitle(
+        f"A model trained at {size} crops digits below that size and repeats them above it: same seeds, three rules"
+    )
     smaller = [size for size in outcomes if size[0] * size[1] < trained[0] * trained[1]]
     columns = images.subfigures(1, 2, width_ratios=(1, 1.6))
     for column, sizes in zip(columns, (smaller, [size for size in outcomes if size not in smaller]), strict=True):
@@ -168,7 +171,9 @@ def draw_changes(axes: Any, told: dict[Size, dict[str, Change]], trained: Size) 
             axes.plot([place + offset] * 2, [low, high], color="black", linewidth=1)
     axes.axhline(0, color="grey", linewidth=1)
     axes.set_xticks(range(len(sizes)), [f"{width} x {height}" for width, height in sizes])
-    axes.set(ylabel="change in % (95 % interval)", title="Frechet distance against the original scale: lower is better")
+    axes.set(
+        ylabel="against the original scale, % (95 % interval)", title="Change of the Frechet distance: lower is better"
+    )
     axes.legend(frameon=False)
 
 
