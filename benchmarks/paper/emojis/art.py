@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import tarfile
 import urllib.error
 import urllib.request
@@ -90,6 +91,6 @@ def _download(art: ArtSet, path: Path) -> None:
     if found != art.sha256:
         raise OSError(f"{art.url} has the SHA-256 {found}, expected is {art.sha256}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # two runs may download at the same time
     part.write_bytes(content)
     part.replace(path)  # atomic: an interruption leaves no incomplete file

@@ -44,8 +44,12 @@ class Judge(Protocol):
     def reference(self, size: Size) -> Reference:
         """The reference that images of a size are compared with."""
 
+    def floor(self, size: Size, count: int) -> dict[str, float] | None:
+        """The distance and score of the best `count` images that can be expected, where the judge knows them."""
+        return None
 
-class ReadingJudge(abc.ABC):
+
+class ReadingJudge(Judge, abc.ABC):
     """For an embedded pipeline: features of its recogniser, and whether the recogniser reads what was asked for."""
 
     distance_name = "Frechet distance (recogniser's features)"
@@ -122,7 +126,7 @@ class EmojiJudge(ReadingJudge):
         return emojis.data.references(self.references, *size[::-1], self.folder)
 
 
-class TextJudge:
+class TextJudge(Judge):
     """For text-to-image models: FID to reference images, and the CLIP score with the prompts.
 
     FID uses the Inception features of torchmetrics. The CLIP score is the cosine between the embeddings of image and

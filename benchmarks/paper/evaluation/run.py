@@ -150,8 +150,8 @@ class Run:
         paired = None if rule == rules.ORIGINAL else original
         if kind == FID:
             row |= distance_row(self.judge.reference(size), ours, paired)
-            measure_floor = getattr(self.judge, "floor", None)  # of judges that have one
-            return row | ({"floor": measure_floor(size, len(ours))} if measure_floor and paired is None else {})
+            floor = self.judge.floor(size, len(ours)) if paired is None else None
+            return row | ({"floor": floor} if floor else {})
         return row | score_row(ours, paired)
 
     def measured(self, kind: str, size: Size, rule: str) -> Row:

@@ -13,7 +13,7 @@ from terrain.pipeline import DIFFICULTIES, TerrainPipeline, one_step
 from tqdm import tqdm
 
 from evaluation.images import ImageFolder, generate
-from evaluation.judges import total_score
+from evaluation.judges import Judge, total_score
 from evaluation.subjects import Size, Subject
 
 SIZES = ((64, 64), (96, 96), (160, 160), (192, 192), (64, 128), (128, 64), (128, 192), (192, 128), (128, 128))
@@ -39,7 +39,7 @@ def terrain_subject(pipe: TerrainPipeline) -> Subject:
     )  # fmt: skip
 
 
-class TerrainJudge:
+class TerrainJudge(Judge):
     """For the terrain model: features of its heights, and whether they tell the difficulty asked for.
 
     Terrain has no objects, so that its features should be the same at any size. The references are the model's own
