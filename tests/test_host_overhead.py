@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from entropy_attn import attention, entropy_scale, explain
 from entropy_attn.kernels import tiles
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-USUAL_SDPA = 6.2  # microseconds of an SDPA call on the core on which the limits were set
 
 
 @pytest.fixture
@@ -35,23 +33,10 @@ def host_overhead(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the limits are for CPU tensors, in the interpreter")
 def test_limits(host_overhead):
-    """The fastest of many short rounds is within the limits. A core on which SDPA is slower has larger limits.
-
-    The limits grow by 20 % for noise, or by 100 % if the process had to wait for its core.
-    """
-    quickest: dict[str, float] = {}
-    wall, own = time.perf_counter(), time.process_time()
-    for _ in range(10):
-        for name, rounds in host_overhead.measure(rounds=10, calls=100).items():
-            quickest[name] = min(*rounds, quickest.get(name, 1e9))
-        had = (time.process_time() - own) / (time.perf_counter() - wall)
-        slowness = (1.2 if had > 0.95 else 2.0) * max(1.0, quickest["sdpa"] / USUAL_SDPA)
-        launch, cpu = (slowness * host_overhead.LIMITS[name] for name in ("launch", "cpu"))
-        over = {name: t - launch for name, t in quickest.items() if name.startswith("launch")}
-        over["cpu"] = quickest["cpu"] - quickest["sdpa"] - cpu
-        if max(over.values()) <= 0:
-            return
-    pytest.fail(f"microseconds over the limits: {over}; {had:.0%} of a core, load {os.getloadavg()}")
+    """Calls made by Python in one call of attention(). Microseconds would depend on the machine."""
+    calls = host_overhead.count()
+    assert calls["cpu"] <= 110
+    assert max(n for name, n in calls.items() if name.startswith("launch")) <= 160
 
 
 def tensors(dtype=torch.float32):
