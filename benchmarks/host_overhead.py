@@ -197,7 +197,7 @@ def main() -> None:
         times = measure(arguments.rounds, arguments.calls)
         calls = count()
         record.add(*(row_of(name, times, calls.get(name)) for name in times))
-    lines = [[f"{x:.1f}" if isinstance(x, float) else x for x in row.values()] for row in record.rows]
+    lines = [[f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()] for row in record.rows]
     table = results.markdown(list(record.rows[0]), lines)
     results.write_tables(arguments.out, record.machine, f"{table}\n\n{verdict(record.rows)}")
     picture(record.rows, arguments.out.with_suffix(".png"))

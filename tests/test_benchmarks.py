@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import importable
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -53,14 +55,29 @@ def rows_of(done: subprocess.CompletedProcess, json_file: Path) -> list[dict]:
     return saved["rows"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torchmetrics
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help(name, tmp_path):
+def test_help(name, tmp_path, monkeypatch, capsys):
+    """The scripts run in this process: thirty new ones would take two minutes to import PyTorch and Diffusers."""
     if name == "adapter" or name.startswith("paper/"):
         pytest.importorskip("diffusers")
-    done = run(name, "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: {Path(name).name}.py")
+    script = BENCHMARKS / f"{name}.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with importable(monkeypatch, script.parent), pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {script.name}")
     assert not list(tmp_path.iterdir())
+
+
+def test_host_overhead(tmp_path):
+    done = run("host_overhead", "--rounds", "2", "--calls", "2", cwd=tmp_path)
+    rows = rows_of(done, tmp_path / "build" / "host_overhead.json")
+    assert [row["call"] for row in rows][:3] == ["sdpa", "cpu", "launch"]
+    assert all(0 < row["quickest_us"] <= row["median_us"] for row in rows)
+    assert all(row["python_calls"] > 1 for row in rows if not row["call"].startswith("GPU"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error without a GPU")
