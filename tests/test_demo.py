@@ -1,23 +1,13 @@
 """The demo script, with few images."""
 
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from benchmark_modules import BENCHMARKS, importable
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "paper" / "demo.py"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=900, check=False
-    )
 
 
 def pair(cell: str) -> tuple[float, float]:
@@ -64,7 +54,9 @@ def test_table_and_picture(monkeypatch, capsys, tmp_path):
         (["--out", "nowhere/demo.png"], "--out: no folder"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bad_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    with importable(monkeypatch, BENCHMARKS, BENCHMARKS / "paper") as module, pytest.raises(SystemExit) as stopped:
+        module("demo").main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
