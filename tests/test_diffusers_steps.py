@@ -167,7 +167,7 @@ def test_three_way_guidance(images):
     """Instruct-Pix2Pix: with the prompt and the image, with the image alone, with neither."""
     pipe = tiny.sd(tiny.unet(64, "two levels", in_channels=8), diffusers.StableDiffusionInstructPix2PixPipeline,
                    image_encoder=None)  # fmt: skip
-    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(images, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     arguments = {"image": image, "num_inference_steps": 2, "output_type": "latent", "num_images_per_prompt": images}
     with entropy_attn.enable(pipe, record_entropy=True, strict=True) as handle:
         pipe(tiny.PROMPT, **arguments)
