@@ -76,6 +76,22 @@ def test_causal_with_a_scale_of_zero_or_less(scale):
     check(*qkv(), is_causal=True, scale=scale)
 
 
+def test_sdpa_that_needs_avx512(monkeypatch):
+    """SDPA of torch 2.13 raises in bfloat16 if ATEN_CPU_CAPABILITY hides AVX-512 of a processor that has AMX."""
+    query, key, value = (x.bfloat16() for x in qkv())
+    truth = attention(query.double(), key.double(), value.double(), backend="reference")
+    message = "pack_vnni2 is only supported when avx512 is supported"
+
+    def refusing(*arguments, **options):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refusing)
+    torch.testing.assert_close(attention(query, key, value).double(), truth, atol=1e-2, rtol=1e-2)
+    message = "another error"
+    with pytest.raises(RuntimeError, match="another error"):
+        attention(query, key, value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_float64_with_a_mask(dtype):
     """SDPA of torch 2.13 on the CPU reads a float32 mask as if it were float64."""

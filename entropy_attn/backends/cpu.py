@@ -69,7 +69,13 @@ def _by_sdpa(query, key, value, attn_mask, scale, is_causal) -> torch.Tensor | N
             return None
     if not _sdpa_is_right(of_rows, key, value, attn_mask, scale, is_causal):
         return None
-    result = _sdpa(of_rows, key, value, attn_mask, scale, is_causal)
+    try:
+        result = _sdpa(of_rows, key, value, attn_mask, scale, is_causal)
+    except RuntimeError as error:
+        # In half precision, on a processor with AMX, where ATEN_CPU_CAPABILITY hides AVX-512 (torch 2.13).
+        if "pack_vnni2" in str(error):
+            return None
+        raise
     _, H, Nq, Dv = result.shape
     # The strides that `new_outputs` gives.
     strides = (Nq * H * Dv, Dv, H * Dv, 1) if heads_lie_inside_tokens(query) else (H * Nq * Dv, Nq * Dv, Dv, 1)
