@@ -5,8 +5,8 @@ the checks, the scale, the operator, the choice of the tile and the arguments of
 the tensors are so small that the arithmetic takes no time. The calls run one after the other in each round. The
 quickest round counts, since disturbances only add time.
 
-Times depend on the machine. The number of calls that the interpreter of Python makes does not: it is counted too, and
-has limits in tests/test_host_overhead.py.
+Times depend on the machine. The number of functions that Python calls does not: it is counted too, and has limits in
+tests/test_host_overhead.py.
 
 "part" rows time steps of the call "launch" alone; from "operator" on, each is inside the one before it. Where there is
 a GPU, "GPU" rows are whole calls on it, with Triton's launcher or SDPA's kernels: they too are host time only.
