@@ -124,13 +124,20 @@ def test_the_training_shows_prompts_with_and_without_style(emojis, folder):
     torch.testing.assert_close(images[styled][:, :, 0, 0], grounds)
 
 
-def test_a_training_ends_with_a_pipeline(emojis, folder, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_ends_with_a_pipeline(emojis, folder, tmp_path, dtype):
     task = emojis.train.Emoji(48, 0, folder, folder)
     task.prepare()
-    settings = {"steps": 1, "batch": 2, "images": 48, "rate": 1e-3, "seed": 0, "processes": 1, "dtype": "bfloat16"}
+    settings = {"steps": 1, "batch": 2, "images": 48, "rate": 1e-3, "seed": 0, "processes": 1, "dtype": dtype}
     threads = torch.get_num_threads()
-    [(step, loss)] = emojis.training.steps_of(task, argparse.Namespace(**settings, out=tmp_path / "out"), 0)
-    torch.set_num_threads(threads)
+    try:
+        [(step, loss)] = emojis.training.steps_of(task, argparse.Namespace(**settings, out=tmp_path / "out"), 0)
+    except RuntimeError as error:
+        if "pack_vnni2" in str(error):
+            pytest.skip("SDPA raises in bfloat16 if ATEN_CPU_CAPABILITY hides AVX-512 of a processor with AMX")
+        raise
+    finally:
+        torch.set_num_threads(threads)
     assert (step, loss > 0) == (1, True)
     pipe = emojis.pipeline.EmojiPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
