@@ -12,6 +12,7 @@ from entropy_attn import attention, attention_varlen
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch warns that nested tensors are a prototype
 LENGTHS = ((5, 70, 0, 33), (9, 70, 3, 1))
+SCALES = torch.linspace(0.05, 0.95, 16).view(4, 4)  # of the 4 sequences and 4 heads
 
 
 def jagged(values, lengths, layout):
@@ -33,8 +34,8 @@ def inputs(layout="bhnd", H=4, Hkv=2):
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": True}, {"scale": 0.3}, {"scale": torch.rand(4, 4)}, {"train_tokens": 50, "train_entropy": 0.5}],
-    ids=str,
+    [{}, {"is_causal": True}, {"scale": 0.3}, {"scale": SCALES}, {"train_tokens": 50, "train_entropy": 0.5}],
+    ids=["plain", "causal", "scale", "scales", "train"],
 )
 def test_is_attention_varlen(options, layout, backend):
     p, nested = inputs(layout)
