@@ -5,9 +5,9 @@ READY := .venv/.ready
 
 .PHONY: test test-slow test-gpu test-emulated mutants test-oldest test-newest test-machines fuzz bench demo lint clean
 
-# The tests that need no GPU, without the slow ones.
+# The tests that need no GPU, without the slow ones, in two processes: one takes twice as long.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The slow tests: the whole compile matrix, Inductor (which needs a C++ compiler), every way of installing.
 test-slow: $(READY)
@@ -30,10 +30,10 @@ mutants: $(READY)
 
 # The tests with the oldest supported dependencies, and with the newest. Each environment downloads several GB once.
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n 2
 
 test-newest: .venv-newest/.ready
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python -m pytest -n 2
 
 # The tests under other instruction sets, numbers of threads and test orders.
 test-machines: $(READY)
