@@ -16,7 +16,8 @@ def out(monkeypatch, tmp_path):
     return machines.OUT
 
 
-def test_a_failure_is_told_and_stops_nothing(out, tmp_path, capsys):
+def test_a_failure_is_told_and_stops_nothing(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     tests = tmp_path / "test_two.py"
     tests.write_text(
         "import os, sys\nfrom signal import SIG_IGN, SIGINT, getsignal\n"
